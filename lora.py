@@ -1,0 +1,124 @@
+"""LoRA by hand, and the 4-bit linear under it (QLoRA).
+
+LoRA (Hu et al. 2021) leaves W alone and learns a low-rank update beside it. Sets have names, and a
+call says which one acts: HyperLlama's two roles (paper, Section 3) are two calls of one base,
+
+    hypernetwork   y = W x + (alpha / r) · B A x      adapter="hyper"
+    downstream     y = W x                            adapter=None, or another set (variant D)
+
+Which set acts is an argument, all the way down. A switch inside the modules would be in the wrong
+position whenever a layer runs again later, as under activation checkpointing; and merging an update
+into W would take the base away from the other role.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llama import InputError, Linear, Llama
+
+
+class LoRA(nn.Module):
+    """x [..., inputs] -> (alpha / rank) · B A x [..., outputs]. Zero at the start, because B is."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, inputs))
+        self.B = nn.Parameter(torch.zeros(outputs, rank))
+        self.scale = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Parameters stay float32, whatever the base computes in: small updates get lost in bf16.
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+
+
+def linears(model: Llama) -> dict[str, Linear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def add_lora(
+    model: Llama, name: str, rank: int, alpha: float, generator: torch.Generator, keys_values_only: bool = False
+) -> None:
+    """Put a set called `name` on all seven matrices of every layer; A is drawn from `generator`.
+
+    keys_values_only: the set will only ever make keys and values, so the last layer gets it on k and
+    v alone; what stands behind them would never see a gradient.
+    """
+    last = f"layers.{model.config.layers - 1}."
+    for path, linear in linears(model).items():
+        if keys_values_only and path.startswith(last) and not path.endswith(("k_proj", "v_proj")):
+            continue
+        lora = LoRA(linear.inputs, linear.outputs, rank, alpha)
+        bound = 1 / math.sqrt(linear.inputs)
+        with torch.no_grad():
+            lora.A.uniform_(-bound, bound, generator=generator)
+        linear.lora[name] = lora.to(linear.weight.device)
+
+
+class NF4Linear(Linear):
+    """A linear whose weight is stored as NF4: four bits per number, one scale per block of 64.
+
+    NF4's 16 levels are quantiles of the normal distribution, which trained weights resemble. With
+    double quantization the scales themselves are stored in 8 bits (QLoRA, Dettmers et al. 2023):
+
+        W ≈ level[code] · dequantize(scale);   y = W x in the dtype of x
+
+    bitsandbytes' functions are called here rather than its Linear4bit, which on some CPUs repacks its
+    weight in eval mode and can't be trained through afterwards.
+    """
+
+    def place(self, weight: Tensor, device: torch.device | str, dtype: torch.dtype) -> None:
+        from bitsandbytes.functional import quantize_4bit  # slow to import, and only needed here
+
+        codes, self.state = quantize_4bit(weight.to(device, dtype), quant_type="nf4", compress_statistics=True)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(x, self.weight, self.state)
+
+
+# ------------------------------------------------------------------------------- saving and loading
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a .safetensors file atomically: a killed process leaves the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, dict(about))
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as problem:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: can't be written ({problem})") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a .safetensors file, and what it says about itself."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as problem:
+        raise InputError(f"{path}: can't be read ({problem})") from None
+
+
+def assign(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy loaded tensors into parameters of the same names and shapes; InputError if they differ."""
+    for name in sorted(parameters.keys() ^ tensors.keys()):
+        raise InputError(f"{source}: tensor {name} is {'missing' if name in parameters else 'not expected here'}")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            expected, found = list(parameter.shape), list(tensors[name].shape)
+            raise InputError(f"{source}: {name} has shape {found} where {expected} is needed: made for another model?")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,154 @@
+"""Option ranking, conditions, averages."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import G, ROOT, random_hyper
+
+import eval as evaluation
+from data import Split, Task
+from eval import Condition, average, mean_pooled, score_options, settings
+from gist import Gists
+from llama import InputError
+from make import write_jsonl
+
+PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10, 11, 12, 13]]
+OPTIONS = [[[20], [21, 22], [23, 24, 25]], [[20], [30]], [[31, 32], [31, 33, 34, 35, 36], [40]]]
+
+
+def one_row_per_option(hyper, gists, mean=False):
+    scores = []
+    for prompt, choices in zip(PROMPTS, OPTIONS):
+        scores.append([])
+        for option in choices:
+            row = torch.tensor([prompt + option])
+            before = {} if gists is None else {"past": gists.past, "offset": gists.offset}
+            logits, _ = hyper.model(row, **before, adapter=hyper.downstream)
+            log_p = logits[0].log_softmax(-1)
+            gains = [log_p[len(prompt) - 1 + t, token].item() for t, token in enumerate(option)]
+            scores[-1].append(sum(gains) / (len(gains) if mean else 1))
+    return scores
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_shared_prefix_and_query_score_differently_from_one_row_per_option(prefix, mean, kv_heads):
+    hyper = random_hyper("downstream", kv_heads)
+    with torch.no_grad():
+        gists = hyper.compress(torch.tensor([[1, 5, 9, 33, 50, 51, 52]])) if prefix else None
+        expected = one_row_per_option(hyper, gists, mean)
+    found = score_options(hyper.model, PROMPTS, OPTIONS, gists, "downstream", mean)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-5, rtol=1e-5)
+
+
+def test_batch_size_changes_a_score():
+    hyper = random_hyper()
+    together = score_options(hyper.model, PROMPTS, OPTIONS)
+    for i in range(3):
+        alone = score_options(hyper.model, PROMPTS[i : i + 1], OPTIONS[i : i + 1])[0]
+        torch.testing.assert_close(torch.tensor(together[i]), torch.tensor(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_examples_as_a_prefix_score_differently_from_examples_in_the_row():
+    """Few-shot prompting through `past` = the same text in one row."""
+    hyper, shots = random_hyper(), [1, 20, 21, 22, 23]
+    _, present = hyper.model(torch.tensor([shots]), keys_values_only=True)
+    through_past = score_options(hyper.model, PROMPTS, OPTIONS, Gists(present, torch.tensor([len(shots)])))
+    in_row = score_options(hyper.model, [shots + prompt for prompt in PROMPTS], OPTIONS)
+    for a, b in zip(through_past, in_row):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-5, rtol=1e-5)
+
+
+def test_mean_pooling_is_not_a_mean_over_stretches():
+    k = torch.arange(8.0).view(1, 1, 8, 1)
+    pooled = mean_pooled(Gists([(k, -k)], torch.tensor([8])), 4)
+    assert pooled.past[0][0].flatten().tolist() == [0.5, 2.5, 4.5, 6.5]
+    assert pooled.past[0][1].flatten().tolist() == [-0.5, -2.5, -4.5, -6.5]
+    assert pooled.offset.tolist() == [8]
+    assert mean_pooled(Gists([(k, k)], torch.tensor([8])), 16).past[0][0].shape[2] == 8, "fewer tokens than gists"
+
+
+def test_datasets_with_many_prompts_weigh_more():
+    tasks = [Task(name, dataset, None) for name, dataset in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b", "b"))]
+    assert average(tasks, [[10.0], [20.0, 40.0], [20.0], [60.0]]) == 40.0
+
+
+def tiny_system(**changes):
+    from train import parse
+
+    args = parse(["--task", "p3", "--gists", str(G), "--shots", "4", "--limit", "6"])
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return evaluation.build(args)
+
+
+def test_order_of_tasks_or_batch_size_changes_a_result(capsys):
+    """Other tasks' prefixes are the one thing that depends on the order: that control is left out."""
+    from data import p3_tasks
+
+    tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:3]
+    one = evaluation.evaluate(tiny_system(controls=False), tasks)
+    other = evaluation.evaluate(tiny_system(controls=False, eval_batch_size=4), tasks[::-1])
+    assert one["tasks"] == other["tasks"] and one["average"] == pytest.approx(other["average"])
+    assert one["baselines"] == pytest.approx(other["baselines"])
+
+
+def test_results_are_not_what_the_contract_says(capsys):
+    from data import p3_tasks
+
+    tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:2]
+    results = json.loads(json.dumps(evaluation.evaluate(tiny_system(controls=True, sets=2), tasks)))
+    assert list(results) == ["task", "method", "metric", "tasks", "average", "baselines", "controls", "seconds", "args"]
+    assert results["tasks"].keys() == {task.name for task in tasks}
+    for row in results["tasks"].values():
+        assert row.keys() == {"mean", "std", "n"} and row["std"] is not None and row["n"] == 6
+    assert results["baselines"].keys() == {"zeroshot", "fewshot"}
+    assert results["controls"].keys() == {"no_prefix", "other_task", "mean_pooled", "fewer_shots"}
+    table = capsys.readouterr().out
+    assert all(task.name in table for task in tasks) and "average" in table and "mean-pooled" in table
+
+
+def test_untouched_baselines_move_with_training(capsys):
+    """Baselines and controls of a trained system are those of the base, whatever the LoRA sets say."""
+    from data import p3_tasks
+
+    tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:2]
+    fresh = evaluation.evaluate(tiny_system(downstream="lora", controls=True), tasks)
+    system = tiny_system(downstream="lora", controls=True)
+    for p in system.trainable().values():
+        p.data.normal_(0, 0.5)
+    trained = evaluation.evaluate(system, tasks)
+    assert trained["baselines"] == fresh["baselines"]
+    assert trained["controls"]["fewer_shots"] == fresh["controls"]["fewer_shots"]
+
+
+def test_same_conditions_are_scored_twice():
+    assert Condition(None) == Condition(None) and Condition(None) != Condition(None, "downstream")
+
+
+def test_an_empty_evaluation_split_is_a_division_by_zero(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [("a", "b", ["b", "c"])] * 9)
+    write_jsonl(tmp_path / "validation.jsonl", [])
+    task = Task("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
+    with pytest.raises(InputError, match="empty"):
+        evaluation.evaluate(tiny_system(), [task])
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "name a RUN"), (["--task", "p3"], "name a RUN"), (["nowhere"], "not the folder of a run"),
+    (["nowhere", "--gists", "4"], "--gists"), (["nowhere", "--task", "p3"], "--task"),
+])  # fmt: skip
+def test_bad_options_of_eval_are_a_traceback(argv, message):
+    with pytest.raises(InputError, match=message):
+        settings(argv)
+
+
+def test_evaluation_options_do_not_reach_a_run(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"gists": 5, "sets": 1, "controls": True}))
+    args, folder = settings([str(tmp_path), "--sets", "3"])
+    assert isinstance(args, argparse.Namespace) and folder == tmp_path
+    assert (args.gists, args.sets, args.controls) == (5, 3, False)

@@ -1,0 +1,185 @@
+"""Gisting: the joint pass and the two passes are the same thing."""
+
+import pytest
+import torch
+from conftest import G, config, random_hyper
+
+from data import collate
+from gist import Gists, gist_mask
+from llama import ragged
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+GIST_IDS = [50 + i for i in range(G)]
+
+
+def words(count: int, seed: int) -> list[int]:
+    return torch.randint(3, 50, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def ragged_rows(lengths=((7, 5), (12, 3), (2, 8), (9, 1))):
+    """(examples with gists, query) of unequal lengths."""
+    return [([1] + words(a, a) + GIST_IDS, [1] + words(b, 99 + b)) for a, b in lengths]
+
+
+def two_passes(hyper, rows, fill: int = 0):
+    """Logits at all tokens of the queries, one [T, V] per row."""
+    gists = hyper.compress(ragged([examples for examples, _ in rows], fill))
+    queries = ragged([query for _, query in rows], fill)
+    logits, _ = hyper.model(queries, past=gists.past, offset=gists.offset, adapter=hyper.downstream)
+    return [out[: len(query)] for out, (_, query) in zip(logits, rows)]
+
+
+def one_pass(hyper, rows, fill: int = 0):
+    logits = hyper.joint(ragged([examples + query for examples, query in rows], fill))
+    return [out[len(examples) : len(examples) + len(query)] for out, (examples, query) in zip(logits, rows)]
+
+
+VARIANTS = [(None, 2), (None, 4), (None, 1), ("downstream", 2), ("hyper", 2)]
+
+
+@pytest.mark.parametrize("downstream, kv_heads", VARIANTS)
+def test_joint_pass_and_two_passes_disagree(downstream, kv_heads):
+    hyper, rows = random_hyper(downstream, kv_heads), ragged_rows()
+    torch.testing.assert_close(two_passes(hyper, rows), one_pass(hyper, rows), **TOLERANCE)
+
+
+@pytest.mark.parametrize("downstream, kv_heads", VARIANTS)
+def test_joint_pass_and_two_passes_have_other_gradients(downstream, kv_heads):
+    rows, gradients = ragged_rows(), []
+    for way in (two_passes, one_pass):
+        hyper = random_hyper(downstream, kv_heads)
+        sum(out.float().log_softmax(-1)[:, 7].sum() for out in way(hyper, rows)).backward()
+        gradients.append({name: p.grad for name, p in hyper.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-4, rtol=1e-5, msg=name)
+
+
+def test_mask_of_a_small_row_is_not_what_the_paper_draws():
+    #                       a  b  G  G  c  d
+    is_gist = torch.tensor([[0, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    assert gist_mask(is_gist)[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1, 1],
+    ]
+
+
+def test_mask_without_gists_is_not_causal_and_some_token_sees_nothing():
+    T = 6
+    assert torch.equal(gist_mask(torch.zeros(2, T, dtype=torch.bool))[1], torch.ones(T, T, dtype=torch.bool).tril())
+    anywhere = torch.rand(64, 20, generator=torch.Generator().manual_seed(0)) < 0.3
+    assert gist_mask(anywhere).diagonal(dim1=1, dim2=2).all()
+
+
+def test_two_runs_of_gists_are_not_a_chain_of_compressions():
+    """[a gists b gists c] in one pass = compress a; compress b behind a's gists; read c behind both."""
+    hyper = random_hyper()
+    a, b, c = [1] + words(6, 1), words(4, 2), words(5, 3)
+    row = torch.tensor([a + GIST_IDS + b + GIST_IDS + c])
+    is_gist = row >= 50
+    behind = torch.arange(row.shape[1])[None, :, None] >= row.shape[1] - len(c)
+    joint, _ = hyper.model(hyper.embed(row), adapter={"hyper": ~behind}, mask=gist_mask(is_gist))
+
+    first = hyper.compress(torch.tensor([a + GIST_IDS]))
+    x = hyper.embed(torch.tensor([b + GIST_IDS]))
+    _, both = hyper.model(x, past=first.past, offset=first.offset, adapter="hyper")
+    keep = [*range(G), *range(G + len(b), G + len(b) + G)]  # a's gists and b's, without b itself
+    past = [(k[:, :, keep], v[:, :, keep]) for k, v in both]
+    chained, _ = hyper.model(torch.tensor([c]), past=past, offset=first.offset + len(b) + G)
+    torch.testing.assert_close(chained[0], joint[0, -len(c) :], **TOLERANCE)
+
+
+def test_first_token_after_the_gists_is_decoded_one_position_late():
+    """Token by token behind the gists = all at once = the joint pass, from the first token on."""
+    hyper, rows = random_hyper("downstream"), ragged_rows(((5, 4), (11, 4)))
+    gists = hyper.compress(ragged([examples for examples, _ in rows]))
+    past, offset, stepwise = gists.past, gists.offset, []
+    for t in range(5):
+        token = torch.tensor([[query[t]] for _, query in rows])
+        logits, past = hyper.model(token, past=past, offset=offset + t, adapter="downstream")
+        stepwise.append(logits)
+    joint = one_pass(hyper, rows)
+    torch.testing.assert_close(list(torch.cat(stepwise, 1)), joint, **TOLERANCE)
+
+
+def test_a_prefix_made_at_another_offset_answers_differently():
+    hyper, rows = random_hyper(), ragged_rows()
+    tokens, queries = ragged([e for e, _ in rows]), ragged([q for _, q in rows])
+    outputs = []
+    for start in (None, torch.tensor([40, 3, 100, 0])):
+        gists = hyper.compress(tokens, start)
+        outputs.append(hyper.model(queries, past=gists.past, offset=gists.offset)[0])
+    torch.testing.assert_close(*outputs, **TOLERANCE)
+    late = hyper.model(queries, past=gists.past, offset=gists.offset + 1)[0]  # the bug, on purpose
+    assert (late - outputs[1]).abs().max() > 1e-2
+
+
+def test_offset_is_not_the_position_after_the_last_gist():
+    hyper, rows = random_hyper(), ragged_rows()
+    tokens = ragged([e for e, _ in rows])
+    assert hyper.compress(tokens).offset.tolist() == [len(e) for e, _ in rows]
+    assert hyper.compress(tokens, torch.tensor([5, 0, 1, 2])).offset.tolist() == [
+        len(e) + s for (e, _), s in zip(rows, (5, 0, 1, 2))
+    ]
+
+
+def test_more_padding_changes_the_gists():
+    hyper, rows = random_hyper(), ragged_rows()
+    tokens = ragged([e for e, _ in rows])
+    gists = hyper.compress(tokens)
+    padded = hyper.compress(torch.cat((tokens, torch.full((len(tokens), 9), 7)), 1))
+    torch.testing.assert_close(padded.past, gists.past, **TOLERANCE)
+    assert torch.equal(padded.offset, gists.offset)
+    torch.testing.assert_close(two_passes(hyper, rows, fill=7), two_passes(hyper, rows, fill=0), **TOLERANCE)
+
+
+def test_a_row_in_a_batch_answers_differently_from_the_row_alone():
+    hyper, rows = random_hyper("downstream"), ragged_rows()
+    together = two_passes(hyper, rows)
+    torch.testing.assert_close(together, [two_passes(hyper, [row])[0] for row in rows], **TOLERANCE)
+
+
+def test_several_queries_of_one_prefix_answer_differently_from_one_prefix_each():
+    hyper, rows = random_hyper("downstream"), ragged_rows()
+    examples = [e for e, _ in rows]
+    prompts, targets = [q for _, q in rows], [words(2, 5), words(1, 6), words(3, 7), words(2, 8)]
+    shared = hyper(collate(examples, [3, 0, 0, 2], prompts, targets))
+    each = hyper(collate([examples[i] for i in (3, 0, 0, 2)], [0, 1, 2, 3], prompts, targets))
+    torch.testing.assert_close(shared, each, **TOLERANCE)
+
+
+def test_gradient_reaches_lora_and_gists_past_the_prefix():
+    """Cut the prefix off, and no hypernetwork parameter has a gradient; the base never has one."""
+    for detached in (False, True):
+        hyper = random_hyper()
+        gists = hyper.compress(torch.tensor([[1, 5, 6, *GIST_IDS]]))
+        past = [(k.detach(), v.detach()) for k, v in gists.past] if detached else gists.past
+        logits, _ = hyper.model(torch.tensor([[1, 7, 8]]), past=past, offset=gists.offset)
+        assert logits.requires_grad != detached
+        if not detached:
+            logits.sum().backward()
+            assert all((p.grad is not None) == p.requires_grad for p in hyper.parameters())
+            assert hyper.gists.grad.abs().min() > 0
+
+
+def test_gists_beyond_the_table_repeat_silently_or_words_use_it():
+    hyper = random_hyper()
+    tokens = torch.tensor([[1, 49, *GIST_IDS]])
+    x = hyper.embed(tokens)
+    torch.testing.assert_close(x[0, 2:], hyper.gists.detach().clone(), atol=0, rtol=0)
+    torch.testing.assert_close(x[0, :2], hyper.model.embed_tokens.weight[[1, 49]], atol=0, rtol=0)
+
+
+def test_choosing_rows_of_gists_mixes_them_up():
+    gists = Gists([(torch.arange(6.0).view(3, 1, 1, 2), torch.zeros(3, 1, 1, 2))], torch.tensor([4, 5, 6]))
+    chosen = gists[torch.tensor([2, 0, 2])]
+    assert chosen.offset.tolist() == [6, 4, 6]
+    assert chosen.past[0][0].flatten().tolist() == [4, 5, 0, 1, 4, 5]
+
+
+def test_head_counts_of_the_fixtures_are_grouped():
+    assert config().kv_heads < config().heads

@@ -1,0 +1,155 @@
+"""LoRA sets, NF4, files of tensors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_hyper, random_llama, write_hf
+from safetensors.torch import save_file
+
+from llama import InputError, load
+from lora import NF4Linear, add_lora, assign, load_tensors, save_tensors
+
+X = torch.tensor([[1, 5, 9, 20, 30, 4]])
+
+
+def with_sets(*names: str):
+    model, generator = random_llama(), torch.Generator().manual_seed(1)
+    for name in names:
+        add_lora(model, name, rank=4, alpha=8, generator=generator)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def test_adapter_off_is_not_the_base_bit_for_bit():
+    assert torch.equal(with_sets("a", "b")(X)[0], random_llama()(X)[0])
+
+
+def test_a_new_set_changes_the_model_before_training():
+    model = random_llama()
+    add_lora(model, "a", rank=4, alpha=8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(X, adapter="a")[0], random_llama()(X)[0], atol=0, rtol=0)
+
+
+def test_lora_is_not_the_merged_matrix():
+    model = with_sets("a")
+    through_set = model(X, adapter="a")[0]
+    for module in model.modules():
+        if hasattr(module, "lora"):
+            lora = module.lora["a"]
+            module.weight.data += 8 / 4 * lora.B.data @ lora.A.data
+    torch.testing.assert_close(through_set, model(X)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_sets_act_on_each_other():
+    model = with_sets("a", "b")
+    gate = torch.ones(1, X.shape[1], 1)
+    torch.testing.assert_close(model(X, adapter={"b": gate, "a": 0 * gate})[0], model(X, adapter="b")[0])
+    assert (model(X, adapter="a")[0] - model(X, adapter="b")[0]).abs().max() > 1e-2
+
+
+def test_an_unknown_set_is_silently_the_base():
+    with pytest.raises(ValueError, match="no LoRA set"):
+        with_sets("a")(X, adapter="hyper")
+
+
+@pytest.mark.parametrize("downstream", [None, "downstream", "hyper"])
+def test_a_trainable_tensor_stays_without_gradient(downstream):
+    """Within two steps: in the first, A has none because B is zero."""
+    hyper = random_hyper(downstream)
+    for name, p in hyper.named_parameters():
+        if name.endswith(".B"):
+            p.data.zero_()
+    trainable = {name: p for name, p in hyper.named_parameters() if p.requires_grad}
+    optimizer, moved = torch.optim.SGD(trainable.values(), 0.1), set()
+    for _ in range(2):
+        gists = hyper.compress(torch.tensor([[1, 7, 8, 9, 50, 51, 52]]))
+        logits, _ = hyper.model(X, past=gists.past, offset=gists.offset, adapter=hyper.downstream)
+        F.cross_entropy(logits[0], X[0]).backward()
+        moved |= {name for name, p in trainable.items() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert moved == trainable.keys()
+
+
+# --------------------------------------------------------------------------------------------- NF4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_is_not_dequantize_and_matmul(dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    generator = torch.Generator().manual_seed(0)
+    linear, weight = NF4Linear(128, 64), torch.randn(64, 128, generator=generator)
+    linear.place(weight, "cpu", dtype)
+    assert linear.weight.numel() == weight.numel() // 2, "two numbers to a byte"
+    assert linear.state.nested, "double quantization"
+    plain = functional.dequantize_4bit(linear.weight, linear.state).to(dtype)
+    assert 0.02 < (plain.float() - weight).norm() / weight.norm() < 0.12
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.05}
+    for training in (True, False, True):
+        linear.train(training)
+        x = torch.randn(3, 5, 128, generator=generator).to(dtype).requires_grad_()
+        y = linear(x, {})
+        y.float().square().sum().backward()
+        x2 = x.detach().clone().requires_grad_()
+        y2 = F.linear(x2, plain)
+        y2.float().square().sum().backward()
+        torch.testing.assert_close(y, y2, **tolerance)
+        torch.testing.assert_close(x.grad, x2.grad, atol=1e-2 if dtype == torch.float32 else 30.0, rtol=0.05)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x, {}), y2, **tolerance)
+
+
+def test_quantized_loading_quantizes_what_it_must_not(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folder = write_hf(tmp_path, random_llama())
+    model, plain = load(folder, linear=NF4Linear), load(folder)
+    for name, p in model.named_parameters():
+        in_layer = name.startswith("layers.") and "norm" not in name
+        assert p.dtype == (torch.uint8 if in_layer else torch.float32), name
+        assert not p.requires_grad
+    difference = (model(X)[0] - plain(X)[0]).norm() / plain(X)[0].norm()
+    assert 0.01 < difference < 0.5
+
+
+def test_nf4_cannot_be_trained_through(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = load(write_hf(tmp_path, random_llama()), linear=NF4Linear)
+    add_lora(model, "a", rank=4, alpha=8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.eval()(X, adapter="a")  # this must not change what comes after
+    model.train()(X, adapter="a")[0].sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if name.endswith(".B")}
+    assert all(g is not None and g.isfinite().all() and g.abs().max() > 0 for g in gradients.values())
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def test_saving_loses_something(tmp_path):
+    tensors = {"a": torch.randn(3, 4).t(), "b": torch.arange(5)}
+    save_tensors(tmp_path / "x.safetensors", tensors, {"step": "7"})
+    loaded, about = load_tensors(tmp_path / "x.safetensors")
+    assert about == {"step": "7"} and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_failed_save_destroys_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.ones(2)}, {})
+    monkeypatch.setattr("lora.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match="No space left"):
+        save_tensors(path, {"a": torch.zeros(2)}, {})
+    assert torch.equal(load_tensors(path)[0]["a"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_adapters_of_another_model_are_taken(tmp_path):
+    path = tmp_path / "adapters.safetensors"
+    parameters = {name: p for name, p in random_hyper().named_parameters() if p.requires_grad}
+    save_file({name: p.detach().clone() for name, p in parameters.items()}, path)
+    assign(parameters, load_tensors(path)[0], path)
+    for damage, message in (({"gists": torch.zeros(3, 8)}, "made for another"), ({"more": torch.zeros(1)}, "more")):
+        with pytest.raises(InputError, match=message):
+            assign(parameters, load_tensors(path)[0] | damage, path)

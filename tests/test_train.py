@@ -1,0 +1,209 @@
+"""The command: real runs of a few steps, resuming, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REAL_DATA, ROOT, needs_real_data, random_llama, write_hf
+from safetensors import safe_open
+
+SHORT = ["--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01"]
+
+
+def command(*argv, program="train.py", cwd=None):
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return [sys.executable, str(ROOT / program), *map(str, argv)], {"cwd": cwd, "env": env, "text": True}
+
+
+def run(*argv, program="train.py", cwd=None, status=0):
+    argv, options = command(*argv, program=program, cwd=cwd)
+    done = subprocess.run(argv, capture_output=True, timeout=120, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def train(out, *argv, status=0):
+    return run("--task", "p3", *SHORT, "--out", out, *argv, status=status)
+
+
+def contents(out):
+    tensors = {}
+    for name in ("adapters.safetensors", "state.safetensors"):
+        with safe_open(out / name, "pt") as file:
+            tensors |= {(name, key): file.get_tensor(key) for key in file.keys()}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in log]
+    results = json.loads((out / "results.json").read_text()) | {"seconds": None}
+    return tensors, log, results
+
+
+def assert_same(one, other):
+    (tensors, log, results), (tensors2, log2, results2) = contents(one), contents(other)
+    assert tensors.keys() == tensors2.keys() and all(torch.equal(tensors[k], tensors2[k]) for k in tensors)
+    assert log == log2 and [line["step"] for line in log] == list(range(1, len(log) + 1))
+    assert {**results, "args": None} == {**results2, "args": None}
+
+
+def test_six_steps_differ_from_three_a_kill_and_three(tmp_path):
+    train(tmp_path / "whole", "--steps", "6", "--save-every", "3")
+    argv, options = command("--task", "p3", *SHORT, "--out", tmp_path / "cut", "--steps", "6", "--save-every", "3")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    while not (tmp_path / "cut" / "state.safetensors").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train(tmp_path / "cut", "--steps", "6", "--save-every", "3", "--resume")
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ctrl_c_loses_the_run(tmp_path):
+    out = tmp_path / "run"
+    argv, options = command("--task", "p3", *SHORT, "--out", out, "--steps", "2000", "--save-every", "9999")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    with safe_open(out / "state.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == len((out / "log.jsonl").read_text().splitlines())
+
+
+VARIANTS = [
+    ["--downstream", "frozen"], ["--downstream", "lora"], ["--downstream", "shared"],
+    ["--method", "fewshot"], ["--method", "zeroshot"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+def test_a_variant_does_not_run_or_leaves_tensors_untrained(tmp_path, variant):
+    out = tmp_path / "run"
+    train(out, "--steps", "2", *variant)
+    tensors, log, results = contents(out)
+    assert len(log) == 2 and 0 <= results["average"] <= 100 and results["method"] == (variant[1] if "--method" in variant else "hyper")
+    for (file, name), tensor in tensors.items():
+        if name.startswith("exp_avg_sq."):
+            assert tensor.abs().max() > 0, f"{name} never had a gradient"
+    before = json.loads((out / "results.json").read_text())
+    run(out, "--controls", "--limit", "4", program="eval.py")
+    after = json.loads((out / "results.json").read_text())
+    assert after["tasks"] == before["tasks"] and after["controls"] == before["controls"]
+
+
+def test_a_quantized_run_fails(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    train(tmp_path / "run", "--steps", "2", "--quantize")
+    assert contents(tmp_path / "run")[2]["args"]["quantize"] is True
+
+
+def test_accumulated_batches_have_another_loss():
+    """Two batches in one step = one batch of both: a mean of means would weigh tokens differently."""
+    from data import collate
+    from conftest import random_hyper
+    from train import train_step
+
+    rows = [([1, 5, 6, 50, 51, 52], [1, 7], [8, 9, 2]), ([1, 4, 50, 51, 52], [1, 3, 3], [2])]
+    parts = [collate([e], [0], [p], [t]) for e, p, t in rows]
+    whole = collate([r[0] for r in rows], [0, 1], [r[1] for r in rows], [r[2] for r in rows])
+    losses, moved = [], []
+    for batches in (parts, [whole]):
+        hyper = random_hyper()
+        system = argparse_system(hyper)
+        optimizer = torch.optim.SGD(system.trainable().values(), 1.0)
+        losses.append(train_step(system, optimizer, batches)[0])
+        moved.append([p.detach() for p in system.trainable().values()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=1e-5)
+
+
+def argparse_system(hyper):
+    from eval import System
+
+    return System(None, None, None, hyper)
+
+
+def test_the_schedule_starts_or_ends_elsewhere():
+    from train import schedule
+
+    shares = [schedule(step, 100) for step in range(100)]
+    assert shares[0] == 0.1 and shares[9] == 1.0 == max(shares) and 0 < shares[-1] < 0.02
+    assert schedule(0, 1) == 1.0
+
+
+@needs_real_data
+def test_real_p3_files_do_not_train_and_evaluate(tmp_path):
+    data = tmp_path / "P3"
+    (data / "splits").mkdir(parents=True)
+    names = ["super_glue_copa_C1_or_C2_premise_so_because_", "winogrande_winogrande_debiased_Replace"]
+    held_out = ["hellaswag_complete_first_then", "super_glue_wsc.fixed_GPT_3_Style"]
+    for name in names + held_out:
+        source = "P3-tfrecord" if name.startswith("super_glue") else "P3"
+        (data / name).symlink_to(REAL_DATA / source / name)
+    (data / "splits" / "train_tasks.txt").write_text("\n".join(names))
+    (data / "splits" / "test_tasks.txt").write_text("\n".join(held_out))
+    done = train(tmp_path / "run", "--steps", "2", "--data", data, "--shots", "16")
+    _, log, results = contents(tmp_path / "run")
+    assert len(log) == 2 and results["tasks"].keys() == set(held_out)
+    assert "left out, because the context was full" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def error(*argv, cwd=None, program="train.py"):
+    done = run(*argv, cwd=cwd, program=program, status=2)
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_bad_input_is_a_traceback_or_leaves_something_behind(tmp_path):
+    out = tmp_path / "run"
+    start = ["--task", "p3", "--out", out]
+    small = write_hf(tmp_path / "small", random_llama())
+    for argv, message in (
+        (["--model", tmp_path / "no"], "not a Llama checkpoint"),
+        (["--model", small], "tokenizer.model"),
+        (["--data", tmp_path / "no"], "no such data folder"),
+        (["--data", tmp_path], "no training tasks"),
+        (["--shots", "500"], "too few"),
+        (["--context", "4000"], "positions"),
+        (["--method", "zeroshot", "--downstream", "lora"], "--downstream"),
+        (["--gists", "0"], "positive"),
+        (["--lr", "nan"], "--lr"),
+        (["--resume"], "run folder"),
+        (["--resume", "--overwrite"], "exclude"),
+        (["--gists", "600", "--context", "600"], "no room"),
+        (["--device", "gpu"], "--device"),
+    ):
+        assert message in error(*start, *argv), argv
+        assert not out.exists(), argv
+
+
+def test_a_finished_run_is_overwritten_or_resumed_as_another(tmp_path):
+    out = tmp_path / "run"
+    train(out, "--steps", "1")
+    kept = (out / "results.json").read_bytes()
+    assert "--overwrite" in error("--task", "p3", *SHORT, "--steps", "1", "--out", out)
+    assert "seed = 3, but the run has 0" in error("--task", "p3", *SHORT, "--steps", "1", "--out", out, "--resume", "--seed", 3)
+    assert (out / "results.json").read_bytes() == kept
+    train(out, "--steps", "1", "--overwrite", "--seed", "3")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "not a run" in error("--task", "p3", *SHORT, "--out", tmp_path / "mine", "--overwrite")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_loss_that_is_not_a_number_destroys_the_last_state(tmp_path):
+    out = tmp_path / "run"
+    train(out, "--steps", "2", "--lr", "1e30", "--save-every", "1", status=2)
+    log = (out / "log.jsonl").read_text().splitlines()
+    with safe_open(out / "state.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == len(log) == 1
+        assert all(file.get_tensor(key).isfinite().all() for key in file.keys())

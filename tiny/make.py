@@ -1,0 +1,344 @@
+"""Makes the miniature: P3 folders, a tokenizer, a tiny Llama-2, and the same after compression hyperpretraining.
+
+    python tiny/make.py            all of it, from a seed, in place of what lies beside this file
+
+Needs torch 2.9 or later (for the Muon optimizer); on two CPU cores it takes about half an hour.
+
+Looking a word up among examples doesn't come by itself. It came in these steps, each on top of the
+one before: repeat a random string; look up single words; words in a phrase; words among others;
+sentences. Compression (paper, Section 5) then trains all parameters on
+
+    loss of a label behind gists  +  half the ordinary loss of the same document in full
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import world  # noqa: E402
+from data import QUERIES, Batch, collate, masked_crc32c  # noqa: E402
+from gist import HyperLlama  # noqa: E402
+from llama import Config, Llama, Tokenizer, ragged  # noqa: E402
+from lora import save_tensors  # noqa: E402
+
+GISTS = 16
+ROWS = 12
+
+# ------------------------------------------------------------------------------------------ documents
+
+LAYOUTS = ["\nInput:\n{x}\nOutput:\n{y}", "\nQ: {x}\nA:\n{y}", "\n{x}\n{y}"]
+PHRASES = ["{w}", "Here is {w}.", "Look at the {w}!", "It is the {w} again.", "I like {w}."]
+REPEAT, WORD, PHRASE, PAIR, SENTENCE = range(5)  # kinds of documents, by difficulty
+WORDS = world.LABELS + [word for words in world.KINDS.values() for word in words]
+NAMES = ("repeat", "word", "phrase", "pair", "sentence")
+
+
+def lookup_rows(rng: random.Random, difficulty: int) -> Iterator[tuple[str, str, str]]:
+    """Endless rows (input, label, word that decides) of one random task."""
+    if difficulty == SENTENCE and rng.random() < 0.1:  # no lookup: the answer stands in the sentence
+        task = world.Task(rng.choice(list(world.KINDS)), {}, rng.choice(list(world.SPOT.values())))
+        while True:
+            text, word, _ = task.row(rng)
+            yield text, word, word
+    classes = rng.choice((2, 2, 3) if difficulty == SENTENCE else (2, 3, 6))
+    task = world.random_task(rng, classes)
+    others = [kind for kind in world.KINDS if kind != task.kind]
+    while True:
+        label = rng.choice(list(task.groups))
+        word = rng.choice(task.groups[label])
+        if difficulty == SENTENCE:
+            text = world.sentence(rng, task.kind, word)
+        elif difficulty == PAIR:
+            pair = [word, rng.choice(world.KINDS[rng.choice(others)])]
+            rng.shuffle(pair)
+            text = "The {} and the {}.".format(*pair)
+        else:
+            text = (PHRASES[0] if difficulty == WORD else rng.choice(PHRASES)).format(w=word)
+        if difficulty != WORD:
+            text = task.ask(text)
+        yield text, label, word
+
+
+def encoded_rows(rng: random.Random, tokenizer: Tokenizer, difficulty: int) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Endless rows of one task in one layout: prompt, answer, and whether earlier rows give it away."""
+    layout, seen = rng.choice(LAYOUTS), set()
+    for text, label, word in lookup_rows(rng, difficulty):
+        yield tokenizer.encode(layout.format(x=text, y="")), tokenizer.encode(label), word in seen
+        seen.add(word)
+
+
+Document = tuple[list[int], list[bool]]  # tokens, and which of them could be known from what stands before
+
+
+def as_document(tokenizer: Tokenizer, rows: Iterable[tuple[list[int], list[int], bool]], length: int) -> Document:
+    tokens, known = [tokenizer.bos], [False]
+    for prompt, answer, given in rows:
+        tokens += prompt + answer
+        known += [False] * len(prompt) + [given] * len(answer)
+        if len(tokens) >= length:
+            break
+    return tokens[:length], known[:length]
+
+
+def document(rng: random.Random, tokenizer: Tokenizer, difficulty: int, length: int) -> Document:
+    if difficulty != REPEAT:
+        return as_document(tokenizer, encoded_rows(rng, tokenizer, difficulty), length)
+    period = rng.randint(8, 32)
+    string = sum((tokenizer.encode(rng.choice(("", " ")) + rng.choice(WORDS)) for _ in range(period)), [])
+    return ([tokenizer.bos] + string * length)[:length], [t > len(string) for t in range(length)]
+
+
+# ------------------------------------------------------------------------------------------ tokenizer
+
+
+def make_tokenizer(folder: Path, rng: random.Random) -> None:
+    """A SentencePiece BPE model with Llama's settings, so that every word of the world is one piece."""
+    lines = []
+    for _ in range(4000):
+        rows = lookup_rows(rng, rng.choice((PHRASE, PAIR, SENTENCE)))
+        lines += [line for _ in range(3) for line in rng.choice(LAYOUTS).format(x=next(rows)[0], y="").split("\n") if line]
+    # SentencePiece sees a space before each line. Behind ":" a word is seen as at the start of a line.
+    starts = [*WORDS, "Input", "Output"]
+    starts += [text.split()[0] for text in [*world.WORDINGS.values(), *world.SPOT.values(), *world.SENTENCES, *PHRASES]]
+    lines += [f":{word} {word}" for word in dict.fromkeys(starts) if "{" not in word] * 300
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=1024,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def new_model(vocab: int, generator: torch.Generator) -> Llama:
+    config = Config(
+        vocab=vocab, width=128, layers=4, heads=4, kv_heads=2, head_size=32, hidden=352,
+        norm_eps=1e-5, rope_theta=10000.0, max_positions=2048,
+    )  # fmt: skip
+    model = Llama(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:  # words as large as what the layers will add to them; outputs of layers small
+                small = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 1.0 if "embed" in name else 0.007 if small else 0.02
+                parameter.normal_(0, std, generator=generator)
+    return model
+
+
+class Optimizers:
+    """Muon for the matrices of the layers, AdamW for embeddings, norms and lm_head."""
+
+    def __init__(self, module: torch.nn.Module, scale: float = 1.0):
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if p.dim() == 2 and ".layers." in "." + name]
+        others = [p for name, p in named if not (p.dim() == 2 and ".layers." in "." + name)]
+        muon = torch.optim.Muon(matrices, lr=0.02 * scale, weight_decay=0.1, adjust_lr_fn="original")
+        adam = torch.optim.AdamW(others, lr=5e-3 * scale, betas=(0.9, 0.99), weight_decay=0.0)
+        self.all = [(optimizer, optimizer.param_groups[0]["lr"]) for optimizer in (muon, adam)]
+
+    def step(self, share: float) -> None:
+        for optimizer, lr in self.all:
+            optimizer.param_groups[0]["lr"] = lr * share
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def document_loss(model: Llama, documents: list[Document]) -> tuple[Tensor, Tensor]:
+    """Mean loss of all tokens, plus that of the tokens that can be known; and the share of these that is right, [B]."""
+    tokens, known = ragged([tokens for tokens, _ in documents]), ragged([known for _, known in documents]).bool()[:, 1:]
+    real = ragged([[1] * len(tokens) for tokens, _ in documents]).bool()[:, 1:]
+    logits = model(tokens[:, :-1])[0]
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(known.shape)
+    right = (logits.argmax(-1) == tokens[:, 1:]) & known
+    return losses[real].mean() + losses[known].mean(), right.sum(1) / known.sum(1)
+
+
+STAGES = [  # steps, share of each kind of document, length
+    (260, (1, 0, 0, 0, 0), 128),
+    (200, (0.3, 0.7, 0, 0, 0), 128),
+    (300, (0.1, 0.2, 0.7, 0, 0), 192),
+    (300, (0.1, 0.1, 0.3, 0.5, 0), 192),
+    (2000, (0.05, 0.05, 0.1, 0.2, 0.6), 320),
+]
+TOKENS_PER_STEP = 4096
+
+
+def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, log) -> None:
+    optimizers, step = Optimizers(model), 0
+    total = sum(steps for steps, _, _ in STAGES)
+    for steps, shares, length in STAGES:
+        for _ in range(steps):
+            rng = random.Random(f"pretrain {seed} {step}")
+            kinds = rng.choices(range(5), shares, k=TOKENS_PER_STEP // length)
+            documents = [document(rng, tokenizer, kind, length) for kind in kinds]
+            loss, right = document_loss(model, documents)
+            loss.backward()
+            optimizers.step(min(1.0, (total - step) / (0.4 * total)))
+            step += 1
+            if step % 25 == 0:
+                by_kind = {NAMES[k]: 100 * right[[i for i, kind in enumerate(kinds) if kind == k]].mean().item() for k in sorted(set(kinds))}
+                log(step, total, loss.item(), by_kind)
+
+
+def compression_batch(rng: random.Random, tokenizer: Tokenizer, rows: int) -> tuple[Batch, list[Document]]:
+    """Rows of examples with gists, each serving some queries; and the same as documents without gists."""
+    gists = [tokenizer.size + i for i in range(GISTS)]
+    examples, row, prompts, targets, documents = [], [], [], [], []
+    for b, kind in enumerate(rng.choices(range(5), COMPRESSION_SHARES, k=rows)):
+        drawn = encoded_rows(rng, tokenizer, kind)
+        shots = list(islice(drawn, rng.randint(8, 18)))
+        queries = list(islice(drawn, QUERIES))
+        examples.append(as_document(tokenizer, shots, sys.maxsize)[0] + gists)
+        documents.append(as_document(tokenizer, shots + queries, sys.maxsize))
+        for prompt, answer, _ in queries:
+            row.append(b)
+            prompts.append([tokenizer.bos] + prompt)
+            targets.append(answer + [tokenizer.eos])
+    return collate(examples, row, prompts, targets), documents
+
+
+COMPRESSION_SHARES = (0, 0.1, 0.15, 0.15, 0.6)
+COMPRESSION_STEPS = 900
+
+
+def hyperpretrain(hyper: HyperLlama, tokenizer: Tokenizer, steps: int, seed: int, log) -> None:
+    """Compression hyperpretraining: one set of weights learns both roles, without LoRA."""
+    optimizers = Optimizers(hyper, 0.5)
+    for step in range(steps):
+        rng = random.Random(f"compress {seed} {step}")
+        batch, documents = compression_batch(rng, tokenizer, ROWS)
+        logits = hyper(batch)
+        loss = F.cross_entropy(logits, batch.targets)
+        (loss + 0.5 * document_loss(hyper.model, documents)[0]).backward()
+        optimizers.step(min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps)))
+        if (step + 1) % 25 == 0:
+            labels = batch.targets != tokenizer.eos
+            right = (logits.argmax(-1) == batch.targets)[labels].float().mean().item()
+            log(step + 1, steps, loss.item(), {"behind gists": 100 * right})
+
+
+# ----------------------------------------------------------------------------------------- the files
+
+
+def write_jsonl(path: Path, rows: list[tuple[str, str, list[str]]]) -> None:
+    fields = ("inputs_pretokenized", "targets_pretokenized", "answer_choices")
+    path.write_text("".join(json.dumps(dict(zip(fields, row))) + "\n" for row in rows))
+
+
+def write_tfrecord(path: Path, rows: list[tuple[str, str, list[str]]]) -> None:
+    """tf.train.Example messages with the fields of P3, framed as TFRecord."""
+
+    def nested(number: int, content: bytes) -> bytes:  # a length-delimited field of a protocol-buffer message
+        length, size = b"", len(content)
+        while size >= 0x80:
+            length, size = length + bytes([size & 0x7F | 0x80]), size >> 7
+        return bytes([number << 3 | 2]) + length + bytes([size]) + content
+
+    with open(path, "wb") as file:
+        for text, target, options in rows:
+            features = {"inputs_pretokenized": [text], "targets_pretokenized": [target], "answer_choices": options}
+            entries = b""
+            for name, values in features.items():
+                feature = nested(1, b"".join(nested(1, value.encode()) for value in values))
+                entries += nested(1, nested(1, name.encode()) + nested(2, feature))
+            data = nested(1, entries)
+            length = struct.pack("<Q", len(data))
+            file.write(length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data)))
+
+
+def write_p3(folder: Path, seed: int) -> None:
+    """One folder per task. Every fourth is TFRecord, as published; the others are .jsonl, to be looked at."""
+    rng = random.Random(f"p3 {seed}")
+    train, held_out = world.p3(rng)
+    (folder / "splits").mkdir(parents=True)
+    for name, tasks in (("train", train), ("test", held_out)):
+        (folder / "splits" / f"{name}_tasks.txt").write_text("".join(f"{task}\n" for task in tasks))
+    for i, (name, task) in enumerate({**train, **held_out}.items()):
+        (folder / name).mkdir()
+        for split, count in (("train", 120), ("validation", 100 if name in held_out else 20)):
+            rows = [task.row(rng) for _ in range(count)]
+            if i % 4 == 0:
+                write_tfrecord(folder / name / f"{split}.tfrecord-00000-of-00001", rows)
+            else:
+                write_jsonl(folder / name / f"{split}.jsonl", rows)
+
+
+def write_checkpoint(folder: Path, model: Llama) -> None:
+    """A Hugging Face folder, in bfloat16: half the size, and the rounding is part of the model."""
+    c = model.config
+    tensors = {("" if name.startswith("lm_head") else "model.") + name: p.bfloat16() for name, p in model.named_parameters()}
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": c.vocab,
+        "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads, "intermediate_size": c.hidden, "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta, "max_position_embeddings": c.max_positions, "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: beside this file)")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+
+    plain, compressed, data = args.out / "llama", args.out / "llama-c", args.out / "P3"
+    for folder in (plain, compressed, data):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    write_p3(data, args.seed)
+    make_tokenizer(plain, random.Random(f"tokenizer {args.seed}"))
+    shutil.copy(plain / "tokenizer.model", compressed / "tokenizer.model")
+    tokenizer = Tokenizer(plain)
+
+    began = time.time()
+
+    def log(step: int, total: int, loss: float, right: dict[str, float]) -> None:
+        shares = ", ".join(f"{name} {share:.0f} %" for name, share in right.items())
+        print(f"{time.time() - began:5.0f} s  step {step}/{total}  loss {loss:.2f}  right: {shares}", flush=True)
+
+    generator = torch.Generator().manual_seed(args.seed)
+    model = new_model(tokenizer.size, generator)
+    pretrain(model, tokenizer, args.seed, log)
+    write_checkpoint(plain, model)
+    rows = torch.randperm(tokenizer.size, generator=generator)[:GISTS]
+    hyper = HyperLlama(model, model.embed_tokens.weight[rows].detach(), hyper=None, downstream=None)
+    hyperpretrain(hyper, tokenizer, COMPRESSION_STEPS, args.seed, log)
+    write_checkpoint(compressed, model)
+    save_tensors(compressed / "gists.safetensors", {"gists": hyper.gists.bfloat16()}, {})
+
+
+if __name__ == "__main__":
+    main()
