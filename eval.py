@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -55,12 +56,17 @@ class System:
         return {name: p for name, p in self.hyper.named_parameters() if p.requires_grad}
 
 
+ROOM_FOR_EXAMPLES = 32  # tokens of a row of examples that must not be gists
 DOWNSTREAM = {"frozen": None, "lora": "downstream", "shared": "hyper"}  # --downstream -> LoRA set
 
 
 def build(args: argparse.Namespace, trained: bool = True) -> System:
     """Load the model that `args` describe; unless `trained` is False, with LoRA sets to train."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        raise InputError(f"--device {device}: not to be had here ({str(problem).splitlines()[0]})") from None
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     tokenizer = Tokenizer(args.model)
     model = load(args.model, device, dtype, NF4Linear if args.quantize else Linear)
@@ -72,6 +78,8 @@ def build(args: argparse.Namespace, trained: bool = True) -> System:
             f"--context {args.context} + --query-length {args.query_length} exceed "
             f"the {config.max_positions} positions of {args.model}"
         )
+    if args.context < args.gists + ROOM_FOR_EXAMPLES:
+        raise InputError(f"--gists {args.gists} leave no room for examples in --context {args.context}")
     generator = torch.Generator().manual_seed(args.seed)
     downstream = None
     if trained and args.method == "hyper":
@@ -176,9 +184,10 @@ def score_options(
 
 @dataclass
 class Questions:
-    """A task's evaluation rows as tokens: [prompt without BOS], [[option, …]], [index of the target]."""
+    """A task's evaluation rows, and the same as tokens."""
 
-    prompts: list[list[int]]
+    examples: list[Example]
+    prompts: list[list[int]]  # without BOS
     options: list[list[list[int]]]
     targets: list[list[int]]  # indices: two options may read the same
 
@@ -195,7 +204,7 @@ def questions(task: Task, formatter: Formatter, limit: int | None) -> Questions:
     options = [[formatter.tokenizer.encode(option) for option in example.options] for example in examples]
     room = [formatter.downstream - 1 - max(map(len, choices)) for choices in options]
     prompts = [formatter.query(example, budget, bos=False) for example, budget in zip(examples, room)]
-    return Questions(prompts, options, [[i for i, o in enumerate(e.options) if o == e.target] for e in examples])
+    return Questions(examples, prompts, options, [[i for i, o in enumerate(e.options) if o == e.target] for e in examples])
 
 
 def accuracy(system: System, asked: Questions, prefix: Gists | None, adapter: str | None, bos: bool) -> float:
@@ -219,30 +228,6 @@ def accuracy(system: System, asked: Questions, prefix: Gists | None, adapter: st
 # --------------------------------------------------------------------- what is compared, and the table
 
 
-@torch.no_grad()
-def read_examples(system: System, row: list[int], adapter: str | None) -> Gists:
-    """The keys and values of all tokens of a row: few-shot prompting, as a prefix."""
-    tokens = torch.tensor([row], device=system.device)
-    _, present = system.model(tokens, adapter=adapter, keys_values_only=True)
-    return Gists(present, torch.tensor([len(row)], device=system.device))
-
-
-@torch.no_grad()
-def compress(system: System, shots: list[Example]) -> Gists:
-    row = system.formatter.shots(shots, system.gist_ids)
-    return system.hyper.compress(torch.tensor([row], device=system.device))
-
-
-def mean_pooled(gists: Gists, count: int) -> Gists:
-    """A control: keys and values averaged over `count` stretches of the examples. Nothing is learned."""
-    count = min(count, gists.past[0][0].shape[2])
-
-    def pool(x: Tensor) -> Tensor:  # [B, K, T, hd] -> [B, K, count, hd]
-        return torch.stack([part.mean(2) for part in x.tensor_split(count, dim=2)], dim=2)
-
-    return Gists([(pool(k), pool(v)) for k, v in gists.past], gists.offset)
-
-
 @dataclass
 class Condition:
     """One column of the table: what stands before a query, and the LoRA set that answers."""
@@ -261,13 +246,17 @@ def conditions(system: System, controls: bool) -> dict[str, Condition]:
             return system.hyper.compress(torch.tensor([formatter.shots(shots, gists)], device=system.device))
 
     def in_context(adapter: str | None) -> Condition:
-        return Condition(lambda shots, _, room: read_row(system, formatter.shots(shots, budget=room), adapter), adapter, bos=False)
+        def read(shots: list[Example], other: list[Example], room: int) -> Gists:
+            return read_row(system, formatter.shots(shots, budget=room), adapter)
+
+        return Condition(read, adapter, bos=False)
 
     untouched = in_context(None)
 
-    def fewer(shots: list[Example], *_) -> Gists:  # as many raw tokens as there are gists, but one example
-        one = len(formatter.shots(shots[:1]))
-        return read_row(system, formatter.shots(shots, budget=max(one, len(gists))), None)
+    def fewer(shots: list[Example], *_) -> Gists:  # whole examples in as many raw tokens as gists; at least one
+        counted_apart = Formatter(formatter.tokenizer, formatter.context, formatter.downstream)
+        one = len(counted_apart.shots(shots[:1]))
+        return read_row(system, counted_apart.shots(shots, budget=max(one, len(gists))), None)
 
     main = {
         "hyper": Condition(lambda shots, other, room: compressed(shots), adapter),
@@ -300,19 +289,20 @@ def mean_pooled(prefix: Gists, count: int) -> Gists:
     return Gists([(pool(k), pool(v)) for k, v in prefix.past], prefix.offset)
 
 
-def draw_shots(task: Task, count: int, seed: int, draw: int) -> list[Example]:
-    """Examples from the training split. They depend on task, seed and draw alone, not on other tasks."""
+def draw_shots(task: Task, asked: Questions, count: int, seed: int, draw: int) -> list[Example]:
+    """Examples from the training split, none of them a question. They depend on task, seed and draw alone."""
     if len(task.train) < count:
         raise InputError(f"{task.train.folder}: {len(task.train)} training rows are too few for {count} shots (--shots)")
     rng = random.Random(f"{seed} {task.name} {draw}")
-    return [task.train[i] for i in rng.sample(range(len(task.train)), count)]
+    return without_queries([task.train[i] for i in rng.sample(range(len(task.train)), count)], asked.examples)
 
 
 def evaluate(system: System, tasks: list[Task]) -> dict:
     """Score every held-out task under every condition; returns what results.json holds, and prints the table."""
     args, began = system.args, time.time()
     asked = [questions(task, system.formatter, args.limit) for task in tasks]
-    shots = [[draw_shots(task, args.shots, args.seed, draw) for task in tasks] for draw in range(args.sets)]
+    draws = range(args.sets)
+    shots = [[draw_shots(t, q, args.shots, args.seed, draw) for t, q in zip(tasks, asked)] for draw in draws]
     table = conditions(system, args.controls)
     scores: dict[str, list[list[float]]] = {}  # condition -> task -> draw
     with tqdm(total=len(table) * len(tasks), desc="evaluating", leave=False) as bar:
@@ -396,13 +386,23 @@ def print_table(tasks: list[Task], scores: dict[str, list[list[float]]], args: d
 TINY = Path(__file__).parent / "tiny"
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """What training and evaluation both need to know."""
     add = parser.add_argument
     add("--task", choices=["p3"])
@@ -455,7 +455,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path]:
     """What to evaluate, and the folder for the result: a run's own, with its arguments, or a new one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run; without it, a plain Llama")
     add_options(parser)
     given = parser.parse_args(argv)

@@ -57,13 +57,15 @@ def read_config(folder: Path) -> Config:
     name = "config.json" if (folder / "config.json").exists() else "params.json"
     try:
         raw = json.loads((folder / name).read_text())
-        return _config_from_hf(raw) if name == "config.json" else _config_from_meta(raw, folder)
+        return _checked(_config_from_hf(raw) if name == "config.json" else _config_from_meta(raw, folder))
     except FileNotFoundError:
         raise InputError(f"{folder}: not a Llama checkpoint (no config.json or params.json)") from None
     except KeyError as missing:
         raise InputError(f"{folder / name}: the field {missing} is missing") from None
-    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as problem:
+    except (OSError, ValueError) as problem:
         raise InputError(f"{folder / name}: {problem}") from None
+    except (TypeError, AttributeError, ZeroDivisionError):
+        raise InputError(f"{folder / name}: a field has the wrong type") from None
     except InputError as problem:
         raise InputError(f"{folder / name}: {problem}") from None
 
@@ -81,20 +83,18 @@ def _config_from_hf(raw: dict) -> Config:
     }
     for field in filter(unsupported.get, unsupported):
         raise InputError(f"{field} = {raw.get(field)!r} is not implemented")
-    heads = raw["num_attention_heads"]
-    return _checked(
-        Config(
-            vocab=raw["vocab_size"],
-            width=raw["hidden_size"],
-            layers=raw["num_hidden_layers"],
-            heads=heads,
-            kv_heads=raw.get("num_key_value_heads") or heads,
-            head_size=raw.get("head_dim") or raw["hidden_size"] // heads,
-            hidden=raw["intermediate_size"],
-            norm_eps=raw["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
-            max_positions=raw.get("max_position_embeddings", 2048),
-        )
+    width, heads = raw["hidden_size"], raw["num_attention_heads"]
+    return Config(
+        vocab=raw["vocab_size"],
+        width=width,
+        layers=raw["num_hidden_layers"],
+        heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads,
+        head_size=raw.get("head_dim") or width // heads,
+        hidden=raw["intermediate_size"],
+        norm_eps=raw["rms_norm_eps"],
+        rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
+        max_positions=raw.get("max_position_embeddings", 2048),
     )
 
 
@@ -104,19 +104,17 @@ def _config_from_meta(raw: dict, folder: Path) -> Config:
     width, heads, multiple = raw["dim"], raw["n_heads"], raw["multiple_of"]
     hidden = int((raw.get("ffn_dim_multiplier") or 1) * int(8 * width / 3))
     vocab = raw.get("vocab_size", -1)
-    return _checked(
-        Config(
-            vocab=vocab if vocab > 0 else Tokenizer(folder).size,  # Llama-2's params.json says -1
-            width=width,
-            layers=raw["n_layers"],
-            heads=heads,
-            kv_heads=raw.get("n_kv_heads") or heads,
-            head_size=width // heads,
-            hidden=-(-hidden // multiple) * multiple,  # rounded up
-            norm_eps=raw["norm_eps"],
-            rope_theta=raw.get("rope_theta", 10000.0),
-            max_positions=4096,  # Llama-2's; the file doesn't say
-        )
+    return Config(
+        vocab=vocab if vocab > 0 else Tokenizer(folder).size,  # Llama-2's params.json says -1
+        width=width,
+        layers=raw["n_layers"],
+        heads=heads,
+        kv_heads=raw.get("n_kv_heads") or heads,
+        head_size=width // heads,
+        hidden=-(-hidden // multiple) * multiple,  # rounded up
+        norm_eps=raw["norm_eps"],
+        rope_theta=raw.get("rope_theta", 10000.0),
+        max_positions=4096,  # Llama-2's; the file doesn't say
     )
 
 
@@ -196,8 +194,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of T queries over S = P + T keys. q [B, H, T, hd]; k, v [B, K, S, hd]."""
-    (B, H, T, _), (_, K, S, _) = q.shape, k.shape
-    grouped = H != K
+    T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=grouped)
     if T == 1:  # one new token sees all that came before
@@ -339,7 +336,7 @@ def load(
     missing = {name: p.shape for name, p in model.named_parameters()}
     read = _read_hf if (folder / "config.json").exists() else _read_meta
     try:
-        for name, tensor in tqdm(read(folder, config), total=len(missing), desc="loading", leave=False):
+        for name, tensor in tqdm(read(folder, config), total=len(missing), desc="loading", leave=False, delay=1):
             if name not in missing:
                 raise InputError(f"{folder}: unexpected or repeated tensor {name}")
             if tensor.shape != missing.pop(name):

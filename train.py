@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import P3Batches, p3_tasks
-from eval import TINY, System, add_options, build, evaluate, positive, run_command, write_json
+from eval import Parser, System, add_options, build, evaluate, positive, read_args, run_command, write_json
 from llama import InputError, read_config
 from lora import assign, load_tensors, save_tensors
 
@@ -34,8 +34,9 @@ TINY_WIDTH = 512  # models narrower than this get the miniature's defaults
 BETAS, WARM_UP, MAX_NORM = (0.9, 0.99), 0.1, 1.0  # Adam; share of the steps; of the gradient
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool, bool]:
+    """What defines a run; and the three options that don't: --out, --resume, --overwrite."""
+    parser = Parser(__doc__)
     add_options(parser)
     add = parser.add_argument
     add("--downstream", choices=["frozen", "lora", "shared"], default="frozen", help="the model that answers: frozen; "
@@ -61,14 +62,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     if args.method != "hyper" and args.downstream != "frozen":
         raise InputError(f"--downstream {args.downstream} belongs to --method hyper, not to {args.method}")
-    if args.resume and args.overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
     if not 0 < args.lr < math.inf:
         raise InputError(f"--lr {args.lr}: must be above 0")
-    if args.out is None:
-        variant = f"-{args.downstream}" if args.method == "hyper" else ""
-        args.out = f"runs/{args.task}-{args.method}{variant}{'-nf4' * args.quantize}-seed{args.seed}"
-    return args
+    out, resume, overwrite = (vars(args).pop(name) for name in ("out", "resume", "overwrite"))
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    variant = f"-{args.downstream}" if args.method == "hyper" else ""
+    default = f"runs/{args.task}-{args.method}{variant}{'-nf4' * args.quantize}-seed{args.seed}"
+    return args, Path(out or default), resume, overwrite
 
 
 def schedule(step: int, steps: int) -> float:
@@ -102,29 +103,25 @@ def train_step(system: System, optimizer: torch.optim.Optimizer, batches: list) 
 # -------------------------------------------------------------------------------- the folder of a run
 
 
-def open_folder(args: argparse.Namespace) -> Path:
+def open_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bool) -> None:
     """Make the run folder, or check that what is there may be continued or thrown away."""
-    out = Path(args.out)
-    fixed = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out")}
     try:
-        if args.resume:
-            before = json.loads((out / "args.json").read_text())
-            for name in fixed:
-                if before.get(name) != fixed[name]:
-                    raise InputError(f"{out}: --resume with {name} = {fixed[name]}, but the run has {before.get(name)}")
+        if resume:
+            before = read_args(out)
+            for name, value in vars(args).items():
+                if before.get(name) != value:
+                    raise InputError(f"{out}: --resume with {name} = {value}, but the run has {before.get(name)}")
         elif out.exists() and any(out.iterdir()):
-            if not args.overwrite:
-                state = "a finished run" if (out / "results.json").exists() else "something; --resume continues a run"
-                raise InputError(f"{out}: holds {state} (--overwrite replaces it, --out names another folder)")
+            if not overwrite:
+                state = "a finished run" if (out / "results.json").exists() else "something (--resume goes on with a run)"
+                raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
             if not (out / "args.json").exists():
                 raise InputError(f"{out}: holds something that is not a run, so it is not overwritten")
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{out}: can't be used as a run folder ({problem})") from None
-    if not args.resume:
-        write_json(out / "args.json", fixed)
-    return out
+    except OSError as problem:
+        raise InputError(f"{out}: can't be used as a run folder ({problem.strerror})") from None
+    write_json(out / "args.json", vars(args))
 
 
 def save_state(out: Path, system: System, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -158,11 +155,11 @@ def load_state(out: Path, system: System, optimizer: torch.optim.Optimizer) -> i
 # ------------------------------------------------------------------------------------------- the loop
 
 
-def train(system: System, batches: P3Batches, out: Path) -> None:
-    """All steps from where the run folder stands. Ctrl-C ends it after a whole step, saved."""
+def train(system: System, batches: P3Batches, out: Path, resume: bool) -> None:
+    """All steps from where the run stands. Ctrl-C ends it after a whole step, saved."""
     args = system.args
     optimizer = torch.optim.AdamW(system.trainable().values(), args.lr, BETAS, weight_decay=0.0)
-    first = load_state(out, system, optimizer) if args.resume else 0
+    first = load_state(out, system, optimizer) if resume else 0
     interrupted = []
     default = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     bar = tqdm(total=args.steps, initial=first, desc="training")
@@ -192,14 +189,14 @@ def train(system: System, batches: P3Batches, out: Path) -> None:
 
 
 def main() -> None:
-    args = parse()
+    args, out, resume, overwrite = parse()
     train_tasks, heldout_tasks = p3_tasks(args.data, "train"), p3_tasks(args.data, "test")
     system = build(args)
     batches = P3Batches(train_tasks, system.formatter, args.method, system.gist_ids, args.shots, args.batch_size)
-    out = open_folder(args)
+    open_folder(out, args, resume, overwrite)
     count = sum(p.numel() for p in system.trainable().values())
     print(f"{out}: {len(train_tasks)} training tasks, {len(heldout_tasks)} held out, {count:,} trained parameters")
-    train(system, batches, out)
+    train(system, batches, out, resume)
     save_tensors(out / "adapters.safetensors", system.trainable(), {"model": args.model, "method": args.method})
     write_json(out / "results.json", evaluate(system, heldout_tasks))
     if system.formatter.report():

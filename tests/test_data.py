@@ -91,9 +91,8 @@ def test_the_last_line_of_a_jsonl_file_is_lost(tmp_path, end):
 
 
 def test_checksum_of_crc32c_is_another_polynomial():
-    crc = lambda data: ((masked_crc32c(data) - 0xA282EAD8) & 0xFFFFFFFF)  # noqa: E731
-    unmask = crc(b"123456789")
-    assert (unmask >> 17 | unmask << 15) & 0xFFFFFFFF == 0xE3069283  # the check value of CRC-32C
+    rotated = (masked_crc32c(b"123456789") - 0xA282EAD8) & 0xFFFFFFFF
+    assert (rotated >> 17 | rotated << 15) & 0xFFFFFFFF == 0xE3069283  # the check value of CRC-32C
 
 
 def test_a_damaged_tfrecord_is_read(tmp_path):

@@ -8,11 +8,12 @@ import torch
 from conftest import G, ROOT, random_hyper
 
 import eval as evaluation
-from data import Split, Task
+from data import Split, Task, p3_tasks
 from eval import Condition, average, mean_pooled, score_options, settings
 from gist import Gists
 from llama import InputError
 from make import write_jsonl
+from train import parse
 
 PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10, 11, 12, 13]]
 OPTIONS = [[[20], [21, 22], [23, 24, 25]], [[20], [30]], [[31, 32], [31, 33, 34, 35, 36], [40]]]
@@ -78,9 +79,7 @@ def test_datasets_with_many_prompts_weigh_more():
 
 
 def tiny_system(**changes):
-    from train import parse
-
-    args = parse(["--task", "p3", "--gists", str(G), "--shots", "4", "--limit", "6"])
+    args, *_ = parse(["--task", "p3", "--gists", str(G), "--shots", "4", "--limit", "6"])
     for name, value in changes.items():
         setattr(args, name, value)
     return evaluation.build(args)
@@ -88,8 +87,6 @@ def tiny_system(**changes):
 
 def test_order_of_tasks_or_batch_size_changes_a_result(capsys):
     """Other tasks' prefixes are the one thing that depends on the order: that control is left out."""
-    from data import p3_tasks
-
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:3]
     one = evaluation.evaluate(tiny_system(controls=False), tasks)
     other = evaluation.evaluate(tiny_system(controls=False, eval_batch_size=4), tasks[::-1])
@@ -98,8 +95,6 @@ def test_order_of_tasks_or_batch_size_changes_a_result(capsys):
 
 
 def test_results_are_not_what_the_contract_says(capsys):
-    from data import p3_tasks
-
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:2]
     results = json.loads(json.dumps(evaluation.evaluate(tiny_system(controls=True, sets=2), tasks)))
     assert list(results) == ["task", "method", "metric", "tasks", "average", "baselines", "controls", "seconds", "args"]
@@ -114,8 +109,6 @@ def test_results_are_not_what_the_contract_says(capsys):
 
 def test_untouched_baselines_move_with_training(capsys):
     """Baselines and controls of a trained system are those of the base, whatever the LoRA sets say."""
-    from data import p3_tasks
-
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:2]
     fresh = evaluation.evaluate(tiny_system(downstream="lora", controls=True), tasks)
     system = tiny_system(downstream="lora", controls=True)

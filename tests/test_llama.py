@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, config, hf_tensors, random_llama, write_hf
 from safetensors.torch import save_file
 
-from llama import InputError, Tokenizer, generate, load, ragged, read_config
+from llama import InputError, Llama, Tokenizer, generate, load, ragged, read_config
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -95,10 +95,11 @@ def greedy_by_recomputing(model, prompt, count, eos):
 def test_generation_in_a_batch_differs_from_each_row_alone(kv_heads):
     model = random_llama(kv_heads, seed=3)
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (2, 9, 5, 1)]
-    expected = [greedy_by_recomputing(model, prompt, 20, eos=17) for prompt in prompts]
-    assert len({len(row) for row in expected} | {20}) > 1, "no row ends early: choose another eos"
-    assert generate(model, prompts, 20, eos=17) == expected
-    assert [generate(model, [prompt], 20, eos=17)[0] for prompt in prompts] == expected
+    eos = greedy_by_recomputing(model, prompts[1], 20, eos=-1)[7]  # so that this row ends early
+    expected = [greedy_by_recomputing(model, prompt, 20, eos) for prompt in prompts]
+    assert len(expected[1]) <= 7 and len(expected[0]) > 7
+    assert generate(model, prompts, 20, eos) == expected
+    assert [generate(model, [prompt], 20, eos)[0] for prompt in prompts] == expected
 
 
 def test_generation_forgets_past_or_offset():
@@ -178,7 +179,7 @@ def test_a_sharded_hugging_face_folder_loads_in_part(tmp_path):
     {"hidden_size": "32"}, {"num_hidden_layers": 0},
 ])  # fmt: skip
 def test_a_config_that_we_do_not_implement_is_loaded_wrongly(tmp_path, change):
-    with pytest.raises(InputError, match=next(iter(change)).split("_")[0] + "|heads|width|layers"):
+    with pytest.raises(InputError, match=next(iter(change)).split("_")[0] + "|heads|layers|wrong type"):
         load(write_hf(tmp_path, random_llama(), **change))
 
 
@@ -271,3 +272,16 @@ def test_a_tokenizer_is_not_found_or_not_one(tmp_path):
 
 def test_max_positions_of_a_meta_folder_come_from_nowhere(tmp_path):
     assert read_config(write_meta(tmp_path / "meta", random_llama(), 1)).max_positions == 4096
+
+
+@pytest.mark.parametrize("size, parameters", [
+    ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256}, 6_738_415_616),
+    ({"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256}, 13_015_864_320),
+    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+     68_976_648_192),
+], ids=["7B", "13B", "70B"])  # fmt: skip
+def test_llama_2_has_another_number_of_parameters(tmp_path, size, parameters):
+    (tmp_path / "params.json").write_text(json.dumps(size | {"norm_eps": 1e-5, "vocab_size": 32000}))
+    with torch.device("meta"):
+        model = Llama(read_config(tmp_path))
+    assert sum(p.numel() for p in model.parameters()) == parameters

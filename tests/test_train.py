@@ -9,8 +9,12 @@ import time
 
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, needs_real_data, random_llama, write_hf
+from conftest import REAL_DATA, ROOT, needs_real_data, random_hyper, random_llama, write_hf
 from safetensors import safe_open
+
+from data import collate
+from eval import System, run_command
+from train import main, schedule, train_step
 
 SHORT = ["--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01"]
 
@@ -105,17 +109,13 @@ def test_a_quantized_run_fails(tmp_path):
 
 def test_accumulated_batches_have_another_loss():
     """Two batches in one step = one batch of both: a mean of means would weigh tokens differently."""
-    from data import collate
-    from conftest import random_hyper
-    from train import train_step
-
     rows = [([1, 5, 6, 50, 51, 52], [1, 7], [8, 9, 2]), ([1, 4, 50, 51, 52], [1, 3, 3], [2])]
     parts = [collate([e], [0], [p], [t]) for e, p, t in rows]
     whole = collate([r[0] for r in rows], [0, 1], [r[1] for r in rows], [r[2] for r in rows])
     losses, moved = [], []
     for batches in (parts, [whole]):
         hyper = random_hyper()
-        system = argparse_system(hyper)
+        system = System(None, None, None, hyper)
         optimizer = torch.optim.SGD(system.trainable().values(), 1.0)
         losses.append(train_step(system, optimizer, batches)[0])
         moved.append([p.detach() for p in system.trainable().values()])
@@ -123,15 +123,7 @@ def test_accumulated_batches_have_another_loss():
     torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=1e-5)
 
 
-def argparse_system(hyper):
-    from eval import System
-
-    return System(None, None, None, hyper)
-
-
 def test_the_schedule_starts_or_ends_elsewhere():
-    from train import schedule
-
     shares = [schedule(step, 100) for step in range(100)]
     assert shares[0] == 0.1 and shares[9] == 1.0 == max(shares) and 0 < shares[-1] < 0.02
     assert schedule(0, 1) == 1.0
@@ -157,13 +149,16 @@ def test_real_p3_files_do_not_train_and_evaluate(tmp_path):
 # ---------------------------------------------------------------------------------------- bad input
 
 
-def error(*argv, cwd=None, program="train.py"):
-    done = run(*argv, cwd=cwd, program=program, status=2)
-    assert "Traceback" not in done.stderr
-    return done.stderr.strip().splitlines()[-1]
+def error(monkeypatch, capsys, *argv):
+    """The one line that the command ends with; run in this process, which spares the imports."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_bad_input_is_a_traceback_or_leaves_something_behind(tmp_path):
+def test_bad_input_is_a_traceback_or_leaves_something_behind(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     start = ["--task", "p3", "--out", out]
     small = write_hf(tmp_path / "small", random_llama())
@@ -177,26 +172,30 @@ def test_bad_input_is_a_traceback_or_leaves_something_behind(tmp_path):
         (["--method", "zeroshot", "--downstream", "lora"], "--downstream"),
         (["--gists", "0"], "positive"),
         (["--lr", "nan"], "--lr"),
-        (["--resume"], "run folder"),
+        (["--resume"], "not the folder of a run"),
         (["--resume", "--overwrite"], "exclude"),
         (["--gists", "600", "--context", "600"], "no room"),
         (["--device", "gpu"], "--device"),
     ):
-        assert message in error(*start, *argv), argv
+        assert message in error(monkeypatch, capsys, *start, *argv), argv
         assert not out.exists(), argv
 
 
-def test_a_finished_run_is_overwritten_or_resumed_as_another(tmp_path):
+def test_a_finished_run_is_overwritten_or_resumed_as_another(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
+
+    def refused(*argv):
+        return error(monkeypatch, capsys, "--task", "p3", *SHORT, "--steps", "1", *argv)
+
     train(out, "--steps", "1")
     kept = (out / "results.json").read_bytes()
-    assert "--overwrite" in error("--task", "p3", *SHORT, "--steps", "1", "--out", out)
-    assert "seed = 3, but the run has 0" in error("--task", "p3", *SHORT, "--steps", "1", "--out", out, "--resume", "--seed", 3)
+    assert "--overwrite" in refused("--out", out)
+    assert "seed = 3, but the run has 0" in refused("--out", out, "--resume", "--seed", 3)
     assert (out / "results.json").read_bytes() == kept
     train(out, "--steps", "1", "--overwrite", "--seed", "3")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "not a run" in error("--task", "p3", *SHORT, "--out", tmp_path / "mine", "--overwrite")
+    assert "not a run" in refused("--out", tmp_path / "mine", "--overwrite")
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 

@@ -13,7 +13,6 @@ sentences. Compression (paper, Section 5) then trains all parameters on
 
 import argparse
 import json
-import math
 import random
 import shutil
 import struct
@@ -33,13 +32,12 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import world  # noqa: E402
-from data import QUERIES, Batch, collate, masked_crc32c  # noqa: E402
+from data import Batch, collate, masked_crc32c  # noqa: E402
 from gist import HyperLlama  # noqa: E402
-from llama import Config, Llama, Tokenizer, ragged  # noqa: E402
+from llama import Config, Llama, Tokenizer, load, ragged  # noqa: E402
 from lora import save_tensors  # noqa: E402
 
 GISTS = 16
-ROWS = 12
 
 # ------------------------------------------------------------------------------------------ documents
 
@@ -101,7 +99,7 @@ def document(rng: random.Random, tokenizer: Tokenizer, difficulty: int, length: 
     if difficulty != REPEAT:
         return as_document(tokenizer, encoded_rows(rng, tokenizer, difficulty), length)
     period = rng.randint(8, 32)
-    string = sum((tokenizer.encode(rng.choice(("", " ")) + rng.choice(WORDS)) for _ in range(period)), [])
+    string = [t for _ in range(period) for t in tokenizer.encode(rng.choice(("", " ")) + rng.choice(WORDS))]
     return ([tokenizer.bos] + string * length)[:length], [t > len(string) for t in range(length)]
 
 
@@ -209,16 +207,20 @@ def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, log) -> None:
                 log(step, total, loss.item(), by_kind)
 
 
-def compression_batch(rng: random.Random, tokenizer: Tokenizer, rows: int) -> tuple[Batch, list[Document]]:
+COMPRESSION_STEPS, ROWS, QUERIES = 1400, 12, 6
+COMPRESSION_SHARES = (0, 0.1, 0.15, 0.15, 0.6)
+
+
+def compression_batch(rng: random.Random, tokenizer: Tokenizer) -> tuple[Batch, list[Document]]:
     """Rows of examples with gists, each serving some queries; and the same as documents without gists."""
     gists = [tokenizer.size + i for i in range(GISTS)]
     examples, row, prompts, targets, documents = [], [], [], [], []
-    for b, kind in enumerate(rng.choices(range(5), COMPRESSION_SHARES, k=rows)):
+    for b, kind in enumerate(rng.choices(range(5), COMPRESSION_SHARES, k=ROWS)):
         drawn = encoded_rows(rng, tokenizer, kind)
         shots = list(islice(drawn, rng.randint(8, 18)))
         queries = list(islice(drawn, QUERIES))
         examples.append(as_document(tokenizer, shots, sys.maxsize)[0] + gists)
-        documents.append(as_document(tokenizer, shots + queries, sys.maxsize))
+        documents.append(as_document(tokenizer, shots + queries[:1], sys.maxsize))
         for prompt, answer, _ in queries:
             row.append(b)
             prompts.append([tokenizer.bos] + prompt)
@@ -226,24 +228,20 @@ def compression_batch(rng: random.Random, tokenizer: Tokenizer, rows: int) -> tu
     return collate(examples, row, prompts, targets), documents
 
 
-COMPRESSION_SHARES = (0, 0.1, 0.15, 0.15, 0.6)
-COMPRESSION_STEPS = 900
-
-
-def hyperpretrain(hyper: HyperLlama, tokenizer: Tokenizer, steps: int, seed: int, log) -> None:
+def hyperpretrain(hyper: HyperLlama, tokenizer: Tokenizer, seed: int, log) -> None:
     """Compression hyperpretraining: one set of weights learns both roles, without LoRA."""
-    optimizers = Optimizers(hyper, 0.5)
+    optimizers, steps = Optimizers(hyper, 0.5), COMPRESSION_STEPS
     for step in range(steps):
-        rng = random.Random(f"compress {seed} {step}")
-        batch, documents = compression_batch(rng, tokenizer, ROWS)
+        batch, documents = compression_batch(random.Random(f"compress {seed} {step}"), tokenizer)
         logits = hyper(batch)
         loss = F.cross_entropy(logits, batch.targets)
-        (loss + 0.5 * document_loss(hyper.model, documents)[0]).backward()
+        ordinary, right = document_loss(hyper.model, documents)
+        (loss + 0.5 * ordinary).backward()
         optimizers.step(min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps)))
         if (step + 1) % 25 == 0:
             labels = batch.targets != tokenizer.eos
-            right = (logits.argmax(-1) == batch.targets)[labels].float().mean().item()
-            log(step + 1, steps, loss.item(), {"behind gists": 100 * right})
+            gisted = (logits.argmax(-1) == batch.targets)[labels].float().mean().item()
+            log(step + 1, steps, loss.item(), {"in context": 100 * right.mean().item(), "behind gists": 100 * gisted})
 
 
 # ----------------------------------------------------------------------------------------- the files
@@ -311,33 +309,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: beside this file)")
+    parser.add_argument("--keep-base", action="store_true", help="keep llama/ and make what comes after it")
     args = parser.parse_args()
     torch.set_num_threads(2)
-
-    plain, compressed, data = args.out / "llama", args.out / "llama-c", args.out / "P3"
-    for folder in (plain, compressed, data):
+    base, compressed, data = args.out / "llama", args.out / "llama-c", args.out / "P3"
+    for folder in (compressed, data) if args.keep_base else (compressed, data, base):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    write_p3(data, args.seed)
-    make_tokenizer(plain, random.Random(f"tokenizer {args.seed}"))
-    shutil.copy(plain / "tokenizer.model", compressed / "tokenizer.model")
-    tokenizer = Tokenizer(plain)
-
     began = time.time()
 
     def log(step: int, total: int, loss: float, right: dict[str, float]) -> None:
         shares = ", ".join(f"{name} {share:.0f} %" for name, share in right.items())
         print(f"{time.time() - began:5.0f} s  step {step}/{total}  loss {loss:.2f}  right: {shares}", flush=True)
 
-    generator = torch.Generator().manual_seed(args.seed)
-    model = new_model(tokenizer.size, generator)
-    pretrain(model, tokenizer, args.seed, log)
-    write_checkpoint(plain, model)
-    rows = torch.randperm(tokenizer.size, generator=generator)[:GISTS]
+    write_p3(data, args.seed)
+    if not args.keep_base:
+        make_tokenizer(base, random.Random(f"tokenizer {args.seed}"))
+        tokenizer = Tokenizer(base)
+        model = new_model(tokenizer.size, torch.Generator().manual_seed(args.seed))
+        pretrain(model, tokenizer, args.seed, log)
+        write_checkpoint(base, model)
+
+    tokenizer, model = Tokenizer(base), load(base).requires_grad_(True)
+    rows = torch.randperm(tokenizer.size, generator=torch.Generator().manual_seed(args.seed))[:GISTS]
     hyper = HyperLlama(model, model.embed_tokens.weight[rows].detach(), hyper=None, downstream=None)
-    hyperpretrain(hyper, tokenizer, COMPRESSION_STEPS, args.seed, log)
+    hyperpretrain(hyper, tokenizer, args.seed, log)
     write_checkpoint(compressed, model)
     save_tensors(compressed / "gists.safetensors", {"gists": hyper.gists.bfloat16()}, {})
+    shutil.copy(base / "tokenizer.model", compressed / "tokenizer.model")
 
 
 if __name__ == "__main__":
