@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Example, Formatter, Task, p3_tasks, without_queries
+from data import Example, Formatter, Task, collate, p3_tasks, without_queries
 from gist import Gists, HyperLlama
-from llama import InputError, Linear, Llama, Tokenizer, load, ragged, step_mask
+from llama import InputError, Linear, Llama, Tokenizer, filled, load, ragged, step_mask
 from lora import NF4Linear, add_lora, assign, load_tensors
 
 # --------------------------------------------------------------------------------- a model to evaluate
@@ -90,23 +91,12 @@ def build(args: argparse.Namespace, trained: bool = True) -> System:
         downstream = "downstream"
     if downstream == "downstream":
         add_lora(model, "downstream", args.rank, args.alpha, generator)
+    # Gist embeddings start as the embeddings of random words.
     gists = args.gists if args.method == "hyper" else 0
-    hyper = HyperLlama(model, gist_embeddings(args.model, model, gists, generator), "hyper", downstream)
+    words = torch.randperm(config.vocab, generator=generator)[:gists].to(device)
+    hyper = HyperLlama(model, model.embed_tokens.weight[words], "hyper", downstream)
     hyper.gists.requires_grad_(gists > 0)
     return System(args, tokenizer, Formatter(tokenizer, args.context, args.query_length), hyper)
-
-
-def gist_embeddings(folder: str, model: Llama, count: int, generator: torch.Generator) -> Tensor:
-    """Where gist embeddings start: from hyperpretraining if the checkpoint has it, else as random words."""
-    path = Path(folder) / "gists.safetensors"
-    words = model.embed_tokens.weight
-    rows = words[torch.randperm(len(words), generator=generator)[:count].to(words.device)]
-    if path.exists() and count:
-        gists = load_tensors(path)[0].get("gists")
-        if gists is None or gists.shape[1:] != words.shape[1:]:
-            raise InputError(f"{path}: doesn't hold gist embeddings of width {words.shape[1]}")
-        rows = torch.cat((gists.to(rows)[:count], rows[len(gists) :]))
-    return rows
 
 
 def read_args(folder: Path) -> dict:
@@ -158,26 +148,20 @@ def score_options(
     row = torch.tensor([n for n, _ in flat], device=device)  # [M]
     scores = first[row, torch.tensor([option[0] for _, option in flat], device=device)]  # [M]
 
-    rest = [m for m, (_, option) in enumerate(flat) if len(option) > 1]
-    if rest:  # tokens after the first: read the option behind its prompt, whose padding stays unseen
-        row = row[rest]
-        inputs = [flat[m][1][:-1] for m in rest]
-        valid = torch.arange(T, device=device) < lengths[row, None]  # [R, T]
-        valid = torch.cat((valid.new_ones(len(rest), present[0][0].shape[2] - T), valid), dim=1)  # [R, P + T]
-        width = max(map(len, inputs))
-        at = [(r, t) for r, option in enumerate(inputs) for t in range(len(option))]
+    longer = [m for m, (_, option) in enumerate(flat) if len(option) > 1]
+    if longer:  # the tokens after the first: read the options behind their prompts, whose padding stays unseen
+        rest = collate(None, longer, [flat[m][1][:1] for m in longer], [flat[m][1][1:] for m in longer]).to(device)
+        row, width = row[rest.row], rest.tokens.shape[1]
         logits, _ = model(
-            ragged(inputs, device=device),
+            rest.tokens,
             past=[(k[row], v[row]) for k, v in present],
             offset=(before["offset"] + lengths)[row],
             adapter=adapter,
-            mask=step_mask(valid, width),
-            select=torch.tensor([r * width + t for r, t in at], device=device),
+            mask=step_mask(filled(present, lengths, T)[row], width),
+            select=rest.select,
         )
-        following = torch.tensor([flat[rest[r]][1][t + 1] for r, t in at], device=device)
-        gains = logits.float().log_softmax(-1).gather(1, following[:, None])[:, 0]
-        owner = torch.tensor([rest[r] for r, _ in at], device=device)
-        scores = scores.index_add(0, owner, gains)
+        gains = -F.cross_entropy(logits.float(), rest.targets, reduction="none")
+        scores = scores.index_add(0, rest.row[rest.select // width], gains)
     found = iter(scores.tolist())
     return [[next(found) / (len(option) if mean else 1) for option in choices] for choices in options]
 

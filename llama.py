@@ -366,7 +366,7 @@ def _read_hf(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise InputError(f"{index}: names a file outside its folder")
     else:
-        names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "gists.safetensors")
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise InputError(f"{folder}: no .safetensors files")
     for name in names:
@@ -461,11 +461,17 @@ def ragged(rows: Sequence[Sequence[int]], fill: int = 0, device: torch.device | 
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
 
 
-def step_mask(past_valid: Tensor, steps: int) -> Tensor:
+def filled(past: Past, lengths: Tensor, width: int) -> Tensor:
+    """Where a past holds real tokens, if its last `width` are right-padded rows of these lengths: [B, P] bool."""
+    row = torch.arange(width, device=lengths.device) < lengths[:, None]  # [B, width]
+    return torch.cat((row.new_ones(len(lengths), past[0][0].shape[2] - width), row), dim=1)
+
+
+def step_mask(past_filled: Tensor, steps: int) -> Tensor:
     """The mask for T = `steps` new tokens behind a past with holes: [B, P] bool -> [B, T, P + T]."""
-    B, P = past_valid.shape
-    causal = torch.ones(steps, steps, dtype=torch.bool, device=past_valid.device).tril()
-    return torch.cat((past_valid[:, None].expand(B, steps, P), causal.expand(B, steps, steps)), dim=2)
+    B, P = past_filled.shape
+    causal = torch.ones(steps, steps, dtype=torch.bool, device=past_filled.device).tril()
+    return torch.cat((past_filled[:, None].expand(B, steps, P), causal.expand(B, steps, steps)), dim=2)
 
 
 @torch.no_grad()
@@ -486,15 +492,13 @@ def generate(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
     tokens = ragged(prompts, device=device)  # [B, T]
     B, T = tokens.shape
-    offset = torch.zeros_like(lengths) if offset is None else offset
+    offset = torch.zeros_like(lengths) if offset is None and past is None else offset
     last = torch.arange(B, device=device) * T + lengths - 1  # each row's last real token
     logits, present = model(tokens, past=past, offset=offset, adapter=adapter, select=last)
 
     # Behind a short prompt stands padding, in `present` too. It must stay unseen: here, and only
     # where a past has such holes, an explicit mask is needed.
-    valid = torch.arange(T, device=device) < lengths[:, None]  # [B, T]
-    P = present[0][0].shape[2] - T
-    valid = torch.cat((valid.new_ones(B, P), valid), dim=1)  # [B, P + T]
+    seen = filled(present, lengths, T)  # [B, P + T]
     new, position = [], offset + lengths
     running = torch.ones(B, dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
@@ -503,10 +507,10 @@ def generate(
         running &= token != eos
         if not running.any() or len(new) == max_new_tokens:
             break
-        step = {"past": present, "offset": position, "mask": step_mask(valid, 1), "adapter": adapter}
+        step = {"past": present, "offset": position, "mask": step_mask(seen, 1), "adapter": adapter}
         logits, present = model(token[:, None], **step)
         logits = logits[:, 0]
-        valid = torch.cat((valid, valid.new_ones(B, 1)), dim=1)
+        seen = torch.cat((seen, seen.new_ones(B, 1)), dim=1)
         position = position + 1
     rows = torch.stack(new, dim=1).tolist() if new else [[]] * B
     return [row[: row.index(eos)] if eos in row else row for row in rows]

@@ -27,8 +27,8 @@ from lora import assign, load_tensors, save_tensors
 # The paper's table of hyperparameters isn't public. These are our choice: for large models, and for
 # the miniature, which wants larger steps and fewer of them.
 DEFAULTS = {
-    "large": {"steps": 10_000, "batch_size": 4, "lr": 2e-4},
-    "tiny": {"steps": 300, "batch_size": 8, "lr": 3e-3},
+    "large": {"steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
+    "tiny": {"steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
 }
 TINY_WIDTH = 512  # models narrower than this get the miniature's defaults
 BETAS, WARM_UP, MAX_NORM = (0.9, 0.99), 0.1, 1.0  # Adam; share of the steps; of the gradient
@@ -46,12 +46,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="rows of examples in a batch; each serves 4 queries")
     add("--accumulate", type=positive, default=1, help="batches in a step")
-    add("--lr", type=float, help="highest learning rate")
+    add("--lr", type=float, help="highest learning rate of the LoRA sets")
+    add("--gist-lr", type=float, help="highest learning rate of the gist embeddings")
     add("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
     add("--out", metavar="DIR", help="run folder (default: runs/<task>-<method>…)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="throw away what --out holds")
-    parser.set_defaults(controls=True)
+    parser.set_defaults(controls=True, sets=None)
     args = parser.parse_args(argv)
     if args.task is None:
         parser.error("--task is required")
@@ -62,8 +63,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
             setattr(args, name, value)
     if args.method != "hyper" and args.downstream != "frozen":
         raise InputError(f"--downstream {args.downstream} belongs to --method hyper, not to {args.method}")
-    if not 0 < args.lr < math.inf:
-        raise InputError(f"--lr {args.lr}: must be above 0")
+    for name in ("lr", "gist_lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     out, resume, overwrite = (vars(args).pop(name) for name in ("out", "resume", "overwrite"))
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
@@ -76,6 +78,16 @@ def schedule(step: int, steps: int) -> float:
     """Linear warm-up over the first tenth of the steps, then linear to zero. Share of --lr in step 0, 1, …"""
     warm_up = max(1, round(WARM_UP * steps))
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+
+
+def make_optimizer(system: System) -> torch.optim.Optimizer:
+    """Adam. LoRA updates start at zero, gist embeddings at the size of words: they learn at rates of their own."""
+    args, named = system.args, system.trainable()
+    groups = [
+        {"params": [p for name, p in named.items() if name != "gists"], "highest_lr": args.lr},
+        {"params": [p for name, p in named.items() if name == "gists"], "highest_lr": args.gist_lr},
+    ]
+    return torch.optim.AdamW(groups, args.lr, BETAS, weight_decay=0.0)
 
 
 def train_step(system: System, optimizer: torch.optim.Optimizer, batches: list) -> tuple[float, float]:
@@ -158,7 +170,7 @@ def load_state(out: Path, system: System, optimizer: torch.optim.Optimizer) -> i
 def train(system: System, batches: P3Batches, out: Path, resume: bool) -> None:
     """All steps from where the run stands. Ctrl-C ends it after a whole step, saved."""
     args = system.args
-    optimizer = torch.optim.AdamW(system.trainable().values(), args.lr, BETAS, weight_decay=0.0)
+    optimizer = make_optimizer(system)
     first = load_state(out, system, optimizer) if resume else 0
     interrupted = []
     default = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
@@ -166,8 +178,9 @@ def train(system: System, batches: P3Batches, out: Path, resume: bool) -> None:
     with bar, open(out / "log.jsonl", "a") as log:
         for step in range(first, args.steps):
             began = time.time()
+            share = schedule(step, args.steps)
             for group in optimizer.param_groups:
-                group["lr"] = lr = args.lr * schedule(step, args.steps)
+                group["lr"] = share * group["highest_lr"]
             some = [batches(args.seed, step * args.accumulate + i) for i in range(args.accumulate)]
             loss, norm = train_step(system, optimizer, some)
             if math.isnan(loss):
@@ -175,7 +188,7 @@ def train(system: System, batches: P3Batches, out: Path, resume: bool) -> None:
                                  f"the last checkpoint, a smaller --lr may help")  # fmt: skip
             seconds = time.time() - began
             speed = sum(batch.read for batch in some) / seconds
-            line = {"step": step + 1, "loss": loss, "norm": norm, "lr": lr}
+            line = {"step": step + 1, "loss": loss, "norm": norm, "lr": share * args.lr}
             line |= {"tokens_per_second": round(speed), "seconds": round(seconds, 4)}
             log.write(json.dumps(line) + "\n")
             log.flush()

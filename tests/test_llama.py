@@ -54,6 +54,8 @@ def test_a_past_without_offset_is_read_from_position_zero():
     _, past = model(x)
     with pytest.raises(ValueError, match="offset"):
         model(x, past=past)
+    with pytest.raises(ValueError, match="offset"):
+        generate(model, x.tolist(), 3, eos=2, past=past)
 
 
 def test_padding_leaks_into_real_tokens():

@@ -180,6 +180,10 @@ def document_loss(model: Llama, documents: list[Document]) -> tuple[Tensor, Tens
     return losses[real].mean() + losses[known].mean(), right.sum(1) / known.sum(1)
 
 
+def mean_by_kind(kinds: list[str], right: Tensor) -> dict[str, float]:
+    return {name: 100 * right[[kind == name for kind in kinds]].mean().item() for name in NAMES if name in kinds}
+
+
 STAGES = [  # steps, share of each kind of document, length
     (260, (1, 0, 0, 0, 0), 128),
     (200, (0.3, 0.7, 0, 0, 0), 128),
@@ -203,8 +207,7 @@ def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, log) -> None:
             optimizers.step(min(1.0, (total - step) / (0.4 * total)))
             step += 1
             if step % 25 == 0:
-                by_kind = {NAMES[k]: 100 * right[[i for i, kind in enumerate(kinds) if kind == k]].mean().item() for k in sorted(set(kinds))}
-                log(step, total, loss.item(), by_kind)
+                log(step, total, loss.item(), mean_by_kind([NAMES[kind] for kind in kinds], right))
 
 
 COMPRESSION_STEPS, ROWS, QUERIES = 1400, 12, 6
@@ -335,7 +338,6 @@ def main() -> None:
     hyper = HyperLlama(model, model.embed_tokens.weight[rows].detach(), hyper=None, downstream=None)
     hyperpretrain(hyper, tokenizer, args.seed, log)
     write_checkpoint(compressed, model)
-    save_tensors(compressed / "gists.safetensors", {"gists": hyper.gists.bfloat16()}, {})
     shutil.copy(base / "tokenizer.model", compressed / "tokenizer.model")
 
 

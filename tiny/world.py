@@ -105,18 +105,16 @@ def random_task(rng: random.Random, classes: int) -> Task:
 def p3(rng: random.Random) -> tuple[dict[str, Task], dict[str, Task]]:
     """The miniature's P3: training tasks and held-out tasks by name.
 
-    Training: two datasets for each kind of word, three wordings each, and two spotting datasets with
-    two wordings. Held out: a new grouping with new labels for each kind, a second one of three
-    groups, and a spotting task.
+    Training: four datasets for each kind of word and two spotting datasets, in two wordings each.
+    Held out: a new grouping with new labels for each kind, a second one for colours, and a spotting
+    task; two of them have three groups.
     """
     train, held_out = {}, {}
-    labels = rng.sample(TRAIN_LABELS, len(TRAIN_LABELS))
     for kind in KINDS:
-        for group in rng.sample(GROUP_NAMES[:-2], 2):
-            count = rng.choice((2, 2, 3))
-            chosen, labels = labels[:count], labels[count:]
+        for group in rng.sample(GROUP_NAMES[:-2], 4):
+            chosen = rng.sample(TRAIN_LABELS, rng.choice((2, 2, 3)))
             groups = split(rng.sample(KINDS[kind], len(KINDS[kind])), chosen)
-            for wording in rng.sample(list(WORDINGS), 3):
+            for wording in rng.sample(list(WORDINGS), 2):
                 train[f"{kind}_{group}_{wording}"] = Task(kind, groups, WORDINGS[wording], group)
     for kind in ("animal", "food"):
         for wording, text in SPOT.items():
