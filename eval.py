@@ -442,15 +442,19 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path]:
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run; without it, a plain Llama")
     add_options(parser)
-    given = parser.parse_args(argv)
-    if given.run is None:
-        if given.task is None or given.method == "hyper":
+    plain = {name: parser.get_default(name) for name in EVALUATION}
+    parser.set_defaults(**dict.fromkeys(EVALUATION))
+    given = vars(parser.parse_args(argv))
+    chosen = {name: given[name] for name in EVALUATION if given[name] is not None}
+    run = given.pop("run")
+    if run is None:
+        if given["task"] is None or given["method"] == "hyper":
             raise InputError("name a RUN, or a plain Llama: --model DIR --task p3 --method fewshot (or zeroshot)")
-        return given, Path("runs") / f"eval-{given.task}-{given.method}"
-    for name in set(vars(given)) - {"run", *EVALUATION}:
-        if getattr(given, name) != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')}: {given.run} was trained with its own; only evaluation options fit")
-    return argparse.Namespace(**read_args(Path(given.run)) | {n: getattr(given, n) for n in EVALUATION}), Path(given.run)
+        return argparse.Namespace(**given | plain | chosen), Path("runs") / f"eval-{given['task']}-{given['method']}"
+    for name, value in given.items():
+        if name not in EVALUATION and value != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')}: {run} was trained with its own; only evaluation options fit")
+    return argparse.Namespace(**read_args(Path(run)) | chosen), Path(run)
 
 
 def main() -> None:

@@ -140,8 +140,11 @@ def test_bad_options_of_eval_are_a_traceback(argv, message):
         settings(argv)
 
 
-def test_evaluation_options_do_not_reach_a_run(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps({"gists": 5, "sets": 1, "controls": True}))
+def test_evaluation_options_do_not_reach_a_run_or_change_others(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"gists": 5, "sets": 2, "controls": True}))
     args, folder = settings([str(tmp_path), "--sets", "3"])
     assert isinstance(args, argparse.Namespace) and folder == tmp_path
-    assert (args.gists, args.sets, args.controls) == (5, 3, False)
+    assert (args.gists, args.sets, args.controls) == (5, 3, True)
+    assert not settings([str(tmp_path), "--no-controls"])[0].controls
+    plain, _ = settings(["--task", "p3", "--method", "fewshot"])
+    assert (plain.sets, plain.controls, plain.score) == (1, False, "sum")

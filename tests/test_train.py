@@ -96,9 +96,9 @@ def test_a_variant_does_not_run_or_leaves_tensors_untrained(tmp_path, variant):
         if name.startswith("exp_avg_sq."):
             assert tensor.abs().max() > 0, f"{name} never had a gradient"
     before = json.loads((out / "results.json").read_text())
-    run(out, "--controls", "--limit", "4", program="eval.py")
+    run(out, program="eval.py")
     after = json.loads((out / "results.json").read_text())
-    assert after["tasks"] == before["tasks"] and after["controls"] == before["controls"]
+    assert after | {"seconds": 0} == before | {"seconds": 0}
 
 
 def test_a_quantized_run_fails(tmp_path):
@@ -172,6 +172,7 @@ def test_bad_input_is_a_traceback_or_leaves_something_behind(tmp_path, monkeypat
         (["--method", "zeroshot", "--downstream", "lora"], "--downstream"),
         (["--gists", "0"], "positive"),
         (["--lr", "nan"], "--lr"),
+        (["--gist-lr", "-1"], "--gist-lr"),
         (["--resume"], "not the folder of a run"),
         (["--resume", "--overwrite"], "exclude"),
         (["--gists", "600", "--context", "600"], "no room"),
