@@ -12,6 +12,7 @@ sentences. Compression (paper, Section 5) then trains all parameters on
 """
 
 import argparse
+import io
 import json
 import random
 import shutil
@@ -26,7 +27,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -116,9 +116,10 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
     starts = [*WORDS, "Input", "Output"]
     starts += [text.split()[0] for text in [*world.WORDINGS.values(), *world.SPOT.values(), *world.SENTENCES, *PHRASES]]
     lines += [f":{word} {word}" for word in dict.fromkeys(starts) if "{" not in word] * 300
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         vocab_size=1024,
         model_type="bpe",
         byte_fallback=True,
@@ -129,7 +130,7 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
 # ------------------------------------------------------------------------------------------- training
