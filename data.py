@@ -467,11 +467,7 @@ class P3Batches:
             picked = [split[i] for i in rng.sample(range(len(split)), self.shots + self.queries)]
             queries = [example for example in picked[: self.queries] if self.formatter.fits(example)]
             if queries:
-                return queries, without_queries(picked[self.queries :], queries)
+                # Real tasks hold the same row several times: a shot may never be the query itself.
+                inputs = {query.input for query in queries}
+                return queries, [shot for shot in picked[self.queries :] if shot.input not in inputs]
         raise InputError(f"no target fits into {self.formatter.downstream} tokens (--query-length)")
-
-
-def without_queries(shots: list[Example], queries: list[Example]) -> list[Example]:
-    """Real tasks hold the same row several times: a shot may never be the query itself."""
-    inputs = {query.input for query in queries}
-    return [shot for shot in shots if shot.input not in inputs]

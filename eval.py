@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Example, Formatter, Task, collate, p3_tasks, without_queries
+from data import Example, Formatter, Task, collate, p3_tasks
 from gist import Gists, HyperLlama
 from llama import InputError, Linear, Llama, Tokenizer, filled, load, ragged, step_mask
 from lora import NF4Linear, add_lora, assign, load_tensors
@@ -274,19 +275,27 @@ def mean_pooled(prefix: Gists, count: int) -> Gists:
 
 
 def draw_shots(task: Task, asked: Questions, count: int, seed: int, draw: int) -> list[Example]:
-    """Examples from the training split, none of them a question. They depend on task, seed and draw alone."""
-    if len(task.train) < count:
-        raise InputError(f"{task.train.folder}: {len(task.train)} training rows are too few for {count} shots (--shots)")
+    """Examples from the training split, none of them a question. The order of tasks doesn't matter to them."""
     rng = random.Random(f"{seed} {task.name} {draw}")
-    return without_queries([task.train[i] for i in rng.sample(range(len(task.train)), count)], asked.examples)
+    order = rng.sample(range(len(task.train)), len(task.train))
+    questions = {example.input for example in asked.examples}
+    shots = list(islice((e for e in map(task.train.__getitem__, order) if e.input not in questions), count))
+    if len(shots) < count:
+        raise InputError(f"{task.train.folder}: only {len(shots)} training rows are no questions; {count} --shots asked")
+    return shots
 
 
-def evaluate(system: System, tasks: list[Task]) -> dict:
-    """Score every held-out task under every condition; returns what results.json holds, and prints the table."""
-    args, began = system.args, time.time()
+def prepare(system: System, tasks: list[Task]) -> tuple[list[Task], list[Questions], list[list[list[Example]]]]:
+    """Tasks, their questions, and shots per draw and task. Done before training, a bad row is found in time."""
+    args = system.args
     asked = [questions(task, system.formatter, args.limit) for task in tasks]
     draws = range(args.sets)
-    shots = [[draw_shots(t, q, args.shots, args.seed, draw) for t, q in zip(tasks, asked)] for draw in draws]
+    return tasks, asked, [[draw_shots(t, q, args.shots, args.seed, d) for t, q in zip(tasks, asked)] for d in draws]
+
+
+def evaluate(system: System, tasks: list[Task], asked: list[Questions], shots: list[list[list[Example]]]) -> dict:
+    """Score what `prepare` gave under every condition; returns what results.json holds, and prints the table."""
+    args, began = system.args, time.time()
     table = conditions(system, args.controls)
     scores: dict[str, list[list[float]]] = {}  # condition -> task -> draw
     with tqdm(total=len(table) * len(tasks), desc="evaluating", leave=False) as bar:
@@ -418,8 +427,11 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command; what the user can mend is said in one line, with exit status 2 (Ctrl-C: 130)."""
     try:
         main()
-    except InputError as problem:
+    except (InputError, OSError) as problem:  # OSError: a full disk, a folder taken away
         print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as problem:
+        print(f"error: out of memory; a smaller --batch-size may help ({str(problem).splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -464,7 +476,7 @@ def main() -> None:
     system = build(args, trained=is_run)
     if is_run:
         load_trained(system, folder)
-    results = evaluate(system, tasks)
+    results = evaluate(system, *prepare(system, tasks))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import P3Batches, p3_tasks
-from eval import Parser, System, add_options, build, evaluate, positive, read_args, run_command, write_json
+from eval import Parser, System, add_options, build, evaluate, positive, prepare, read_args, run_command, write_json
 from llama import InputError, read_config
 from lora import assign, load_tensors, save_tensors
 
@@ -206,12 +206,13 @@ def main() -> None:
     train_tasks, heldout_tasks = p3_tasks(args.data, "train"), p3_tasks(args.data, "test")
     system = build(args)
     batches = P3Batches(train_tasks, system.formatter, args.method, system.gist_ids, args.shots, args.batch_size)
+    heldout = prepare(system, heldout_tasks)
     open_folder(out, args, resume, overwrite)
     count = sum(p.numel() for p in system.trainable().values())
     print(f"{out}: {len(train_tasks)} training tasks, {len(heldout_tasks)} held out, {count:,} trained parameters")
     train(system, batches, out, resume)
     save_tensors(out / "adapters.safetensors", system.trainable(), {"model": args.model, "method": args.method})
-    write_json(out / "results.json", evaluate(system, heldout_tasks))
+    write_json(out / "results.json", evaluate(system, *heldout))
     if system.formatter.report():
         print(system.formatter.report())
 

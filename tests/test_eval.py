@@ -85,18 +85,22 @@ def tiny_system(**changes):
     return evaluation.build(args)
 
 
+def evaluate(system, tasks):
+    return evaluation.evaluate(system, *evaluation.prepare(system, tasks))
+
+
 def test_order_of_tasks_or_batch_size_changes_a_result(capsys):
     """Other tasks' prefixes are the one thing that depends on the order: that control is left out."""
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:3]
-    one = evaluation.evaluate(tiny_system(controls=False), tasks)
-    other = evaluation.evaluate(tiny_system(controls=False, eval_batch_size=4), tasks[::-1])
+    one = evaluate(tiny_system(controls=False), tasks)
+    other = evaluate(tiny_system(controls=False, eval_batch_size=4), tasks[::-1])
     assert one["tasks"] == other["tasks"] and one["average"] == pytest.approx(other["average"])
     assert one["baselines"] == pytest.approx(other["baselines"])
 
 
 def test_results_are_not_what_the_contract_says(capsys):
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:2]
-    results = json.loads(json.dumps(evaluation.evaluate(tiny_system(controls=True, sets=2), tasks)))
+    results = json.loads(json.dumps(evaluate(tiny_system(controls=True, sets=2), tasks)))
     assert list(results) == ["task", "method", "metric", "tasks", "average", "baselines", "controls", "seconds", "args"]
     assert results["tasks"].keys() == {task.name for task in tasks}
     for row in results["tasks"].values():
@@ -110,11 +114,11 @@ def test_results_are_not_what_the_contract_says(capsys):
 def test_untouched_baselines_move_with_training(capsys):
     """Baselines and controls of a trained system are those of the base, whatever the LoRA sets say."""
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:2]
-    fresh = evaluation.evaluate(tiny_system(downstream="lora", controls=True), tasks)
+    fresh = evaluate(tiny_system(downstream="lora", controls=True), tasks)
     system = tiny_system(downstream="lora", controls=True)
     for p in system.trainable().values():
         p.data.normal_(0, 0.5)
-    trained = evaluation.evaluate(system, tasks)
+    trained = evaluate(system, tasks)
     assert trained["baselines"] == fresh["baselines"]
     assert trained["controls"]["fewer_shots"] == fresh["controls"]["fewer_shots"]
 
@@ -128,7 +132,7 @@ def test_an_empty_evaluation_split_is_a_division_by_zero(tmp_path):
     write_jsonl(tmp_path / "validation.jsonl", [])
     task = Task("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
     with pytest.raises(InputError, match="empty"):
-        evaluation.evaluate(tiny_system(), [task])
+        evaluate(tiny_system(), [task])
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -148,3 +152,15 @@ def test_evaluation_options_do_not_reach_a_run_or_change_others(tmp_path):
     assert not settings([str(tmp_path), "--no-controls"])[0].controls
     plain, _ = settings(["--task", "p3", "--method", "fewshot"])
     assert (plain.sets, plain.controls, plain.score) == (1, False, "sum")
+
+
+def test_a_shot_is_one_of_the_questions_or_shots_are_missing(tmp_path):
+    rows = [(f"question {i}", "b", ["b", "c"]) for i in range(20)]
+    write_jsonl(tmp_path / "train.jsonl", rows * 2)
+    write_jsonl(tmp_path / "validation.jsonl", rows[:12])
+    task = Task("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
+    asked = evaluation.questions(task, tiny_system().formatter, None)
+    shots = evaluation.draw_shots(task, asked, 16, 0, 0)
+    assert len(shots) == 16 and {shot.input for shot in shots} == {f"question {i}" for i in range(12, 20)}
+    with pytest.raises(InputError, match="only 16 training rows are no questions"):
+        evaluation.draw_shots(task, asked, 17, 0, 0)
