@@ -15,6 +15,7 @@ import json
 import mmap
 import random
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,8 +50,10 @@ class JsonLines(Sequence):
     def __getitem__(self, i: int) -> dict:
         try:
             row = json.loads(self.data[self.starts[i] : self.ends[i]])
-        except ValueError as problem:
-            raise InputError(f"{self.path}: line {i + 1} is not JSON ({problem})") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: line {i + 1} is not UTF-8") from None
+        except json.JSONDecodeError as problem:
+            raise InputError(f"{self.path}: line {i + 1} is not JSON ({problem.msg})") from None
         if not isinstance(row, dict):
             raise InputError(f"{self.path}: line {i + 1} is not an object with fields")
         return row
@@ -278,16 +281,26 @@ MAX_WEIGHT = 30_000  # rows of one task that count when tasks are drawn
 
 def p3_names(folder: Path, split: str) -> dict[str, str]:
     """Task name -> dataset, for split "train" or "test": by splits/{train,test}_tasks.txt, else the paper's."""
-    listed = folder / "splits" / f"{split}_tasks.txt"
-    if listed.exists():
-        return {name: name for name in listed.read_text(encoding="utf-8").split()}
+    lists = [folder / "splits" / f"{part}_tasks.txt" for part in ("train", "test")]
+    if any(path.exists() for path in lists):
+        for path in lists:
+            if not path.exists():
+                raise InputError(f"{path}: is missing; beside the other list it is needed, too")
+        train, test = (path.read_text(encoding="utf-8").split() for path in lists)
+        for name in sorted(set(train) & set(test)):
+            raise InputError(f"{folder / 'splits'}: the task {name} is in both lists")
+        return {name: name for name in (train if split == "train" else test)}
     names = {}
     for path in sorted(folder.iterdir()):
         if path.name.endswith("_score_eval") or path.name.startswith("story_cloze") or not find_split(path, "train"):
             continue
         dataset = next((d for d in HELD_OUT if path.name.startswith(d)), None)
-        if (dataset is not None) == (split == "test"):
-            names[path.name] = dataset or path.name
+        if (dataset is not None) != (split == "test"):
+            continue
+        if split == "test" and not Split(path, "validation")[0].options:
+            print(f"{path.name}: left out, its rows have no answer_choices to rank", file=sys.stderr)
+            continue
+        names[path.name] = dataset or path.name
     return names
 
 
@@ -305,7 +318,7 @@ def p3_tasks(folder: str | Path, split: str) -> list[Task]:
         tasks.append(Task(name, dataset, Split(root / name, "train"), evaluation))
     if not tasks:
         kind = "training" if split == "train" else "held-out"
-        raise InputError(f"{root}: no {kind} tasks of P3 in this folder")
+        raise InputError(f"{root}: no {kind} tasks of P3 here (splits/{split}_tasks.txt may name them)")
     return tasks
 
 
@@ -381,7 +394,7 @@ class Formatter:
         return "; ".join(told)
 
 
-# ------------------------------------------------------------------------------------------ batches# ------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 @dataclass

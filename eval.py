@@ -80,6 +80,8 @@ def build(args: argparse.Namespace, trained: bool = True) -> System:
             f"--context {args.context} + --query-length {args.query_length} exceed "
             f"the {config.max_positions} positions of {args.model}"
         )
+    if args.method == "fewshot" and args.context <= args.query_length:
+        raise InputError(f"--context {args.context} must be longer than --query-length {args.query_length}")
     if args.context < args.gists + ROOM_FOR_EXAMPLES:
         raise InputError(f"--gists {args.gists} leave no room for examples in --context {args.context}")
     generator = torch.Generator().manual_seed(args.seed)
@@ -103,8 +105,10 @@ def build(args: argparse.Namespace, trained: bool = True) -> System:
 def read_args(folder: Path) -> dict:
     """The arguments of a run."""
     try:
-        return dict(json.loads((folder / "args.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        args = json.loads((folder / "args.json").read_text())
+        assert {"task", "method", "model", "data"} <= args.keys()
+        return args
+    except (OSError, ValueError, AttributeError, AssertionError):
         raise InputError(f"{folder}: not the folder of a run (no readable args.json)") from None
 
 
@@ -150,15 +154,17 @@ def score_options(
     scores = first[row, torch.tensor([option[0] for _, option in flat], device=device)]  # [M]
 
     longer = [m for m, (_, option) in enumerate(flat) if len(option) > 1]
-    if longer:  # the tokens after the first: read the options behind their prompts, whose padding stays unseen
-        rest = collate(None, longer, [flat[m][1][:1] for m in longer], [flat[m][1][1:] for m in longer]).to(device)
-        row, width = row[rest.row], rest.tokens.shape[1]
+    for start in range(0, len(longer), N):  # as many at a time as there are prompts: each brings its own past
+        # The tokens after the first: read the options behind their prompts, whose padding stays unseen.
+        some = longer[start : start + N]
+        rest = collate(None, some, [flat[m][1][:1] for m in some], [flat[m][1][1:] for m in some]).to(device)
+        own, width = row[rest.row], rest.tokens.shape[1]
         logits, _ = model(
             rest.tokens,
-            past=[(k[row], v[row]) for k, v in present],
-            offset=(before["offset"] + lengths)[row],
+            past=[(k[own], v[own]) for k, v in present],
+            offset=(before["offset"] + lengths)[own],
             adapter=adapter,
-            mask=step_mask(filled(present, lengths, T)[row], width),
+            mask=step_mask(filled(present, lengths, T)[own], width),
             select=rest.select,
         )
         gains = -F.cross_entropy(logits.float(), rest.targets, reduction="none")
@@ -245,7 +251,7 @@ def conditions(system: System, controls: bool) -> dict[str, Condition]:
 
     main = {
         "hyper": Condition(lambda shots, other, room: compressed(shots), adapter),
-        "fewshot": in_context(adapter),
+        "fewshot": in_context(adapter) if adapter else untouched,
         "zeroshot": Condition(None, adapter),
     }[system.args.method]
     table = {"main": main, "zeroshot": Condition(None), "fewshot": untouched}
@@ -297,6 +303,8 @@ def evaluate(system: System, tasks: list[Task], asked: list[Questions], shots: l
     """Score what `prepare` gave under every condition; returns what results.json holds, and prints the table."""
     args, began = system.args, time.time()
     table = conditions(system, args.controls)
+    if len({task.dataset for task in tasks}) == 1:
+        table.pop("other_task", None)  # there is no other
     scores: dict[str, list[list[float]]] = {}  # condition -> task -> draw
     with tqdm(total=len(table) * len(tasks), desc="evaluating", leave=False) as bar:
         for name, condition in table.items():
@@ -311,7 +319,7 @@ def evaluate(system: System, tasks: list[Task], asked: list[Questions], shots: l
                     if condition.prefix is None and scores[name][t]:  # no examples: each draw is the same
                         scores[name][t] += scores[name][t][:1]
                         continue
-                    prefix = condition.prefix and condition.prefix(draw[t], draw[(t + 1) % len(tasks)], room)
+                    prefix = condition.prefix and condition.prefix(draw[t], draw[other_task(tasks, t)], room)
                     scores[name][t].append(accuracy(system, rows, prefix, condition.adapter, condition.bos))
     averages = {name: average(tasks, found) for name, found in scores.items()}
     print_table(tasks, scores, vars(args))
@@ -329,6 +337,12 @@ def evaluate(system: System, tasks: list[Task], asked: list[Questions], shots: l
         "seconds": round(time.time() - began, 1),
         "args": vars(args),
     }
+
+
+def other_task(tasks: list[Task], t: int) -> int:
+    """The next task of another dataset (itself, where there is none)."""
+    order = [*range(t + 1, len(tasks)), *range(t)]
+    return next((i for i in order if tasks[i].dataset != tasks[t].dataset), t)
 
 
 def average(tasks: list[Task], scores: list[list[float]]) -> float:
@@ -417,9 +431,10 @@ def add_options(parser: Parser) -> None:
     add("--sets", type=positive, default=1, help="draws of examples, for mean and standard deviation")
     add("--limit", type=positive, help="rows of a held-out task to score (default: all)")
     add("--score", choices=["sum", "mean"], default="sum", help="of an option's token log-probabilities")
-    add("--eval-batch-size", type=positive, default=32, help="queries scored at a time")
+    add("--eval-batch-size", type=positive, default=16, help="queries scored at a time")
 
 
+MOVABLE = ("model", "data", "device", "dtype")  # the same model may lie elsewhere later
 EVALUATION = ("controls", "sets", "limit", "score", "eval_batch_size")
 
 
@@ -431,7 +446,7 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as problem:
-        print(f"error: out of memory; a smaller --batch-size may help ({str(problem).splitlines()[0]})", file=sys.stderr)
+        print(f"error: out of memory; a smaller --batch-size or --eval-batch-size may help ({str(problem).splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -454,19 +469,18 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path]:
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run; without it, a plain Llama")
     add_options(parser)
-    plain = {name: parser.get_default(name) for name in EVALUATION}
-    parser.set_defaults(**dict.fromkeys(EVALUATION))
-    given = vars(parser.parse_args(argv))
-    chosen = {name: given[name] for name in EVALUATION if given[name] is not None}
-    run = given.pop("run")
+    plain = {option.dest: option.default for option in parser._actions if option.dest not in ("help", "run")}
+    parser.set_defaults(**dict.fromkeys(plain))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    run = given.pop("run", None)
     if run is None:
-        if given["task"] is None or given["method"] == "hyper":
+        args = argparse.Namespace(**plain | given)
+        if args.task is None or args.method == "hyper":
             raise InputError("name a RUN, or a plain Llama: --model DIR --task p3 --method fewshot (or zeroshot)")
-        return argparse.Namespace(**given | plain | chosen), Path("runs") / f"eval-{given['task']}-{given['method']}"
-    for name, value in given.items():
-        if name not in EVALUATION and value != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')}: {run} was trained with its own; only evaluation options fit")
-    return argparse.Namespace(**read_args(Path(run)) | chosen), Path(run)
+        return args, Path("runs") / f"eval-{args.task}-{args.method}"
+    for name in given.keys() - {*EVALUATION, *MOVABLE}:
+        raise InputError(f"--{name.replace('_', '-')}: {run} was trained with its own, which can't be changed")
+    return argparse.Namespace(**read_args(Path(run)) | given), Path(run)
 
 
 def main() -> None:
@@ -479,6 +493,8 @@ def main() -> None:
     results = evaluate(system, *prepare(system, tasks))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
+    if system.formatter.report():
+        print(system.formatter.report())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Shapes: B rows, T tokens, G gists, L layers, K KV heads, hd head size, D width, 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def gist_mask(is_gist: Tensor) -> Tensor:
 class Gists:
     """What the hypernetwork makes of its examples: a past, and where to go on from there.
 
-    past    per layer (key, value), each [B, K, G, hd]
+    past    per layer (key, value), each [B, K, G, hd]: 2·L·K·G·hd numbers a row, 8 MiB for Llama-2-7B in bf16
     offset  [B], the position after the last gist (paper, Appendix B)
 
     Keys keep the rotation of the place where they were made, so the tokens that follow must count on
@@ -121,7 +122,7 @@ class HyperLlama(nn.Module):
 # ---------------------------------------------------------------------------------------- the lecture
 
 
-def demonstrate(folder: str = "tiny/llama-c") -> None:
+def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> None:
     """Draw the mask of a small example, and compare the joint pass with the two passes."""
     tokenizer, model = Tokenizer(folder), load(folder)
     generator = torch.Generator().manual_seed(0)

@@ -94,6 +94,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     partial = path.with_name(path.name + ".partial")
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, dict(about))
+        os.chmod(partial, 0o644)  # safetensors keeps its files to their owner
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -4,7 +4,7 @@
     python train.py --task p3 --model Llama-2-7b-hf --data P3 --quantize  the paper's
 
 A run lives in one folder: args.json, log.jsonl, state.safetensors (to resume), adapters.safetensors
-(what was trained: LoRA sets and gist embeddings), results.json. Every file is replaced atomically.
+(what was trained: LoRA sets and gist embeddings), results.json. All but the log are replaced atomically.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     add("--rank", type=positive, default=8, help="LoRA rank")
     add("--alpha", type=float, default=16, help="LoRA scale")
     add("--steps", type=positive, help="optimizer steps")
-    add("--batch-size", type=positive, help="rows of examples in a batch; each serves 4 queries")
+    add("--batch-size", type=positive, help="rows of examples in a batch; gists serve 4 queries a row")
     add("--accumulate", type=positive, default=1, help="batches in a step")
     add("--lr", type=float, help="highest learning rate of the LoRA sets")
     add("--gist-lr", type=float, help="highest learning rate of the gist embeddings")
@@ -125,7 +125,7 @@ def open_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bo
                     raise InputError(f"{out}: --resume with {name} = {value}, but the run has {before.get(name)}")
         elif out.exists() and any(out.iterdir()):
             if not overwrite:
-                state = "a finished run" if (out / "results.json").exists() else "something (--resume goes on with a run)"
+                state = "a finished run" if (out / "results.json").exists() else "an unfinished run or other files (--resume goes on with a run)"
                 raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
             if not (out / "args.json").exists():
                 raise InputError(f"{out}: holds something that is not a run, so it is not overwritten")
@@ -184,8 +184,8 @@ def train(system: System, batches: P3Batches, out: Path, resume: bool) -> None:
             some = [batches(args.seed, step * args.accumulate + i) for i in range(args.accumulate)]
             loss, norm = train_step(system, optimizer, some)
             if math.isnan(loss):
-                raise InputError(f"{out}: loss or gradient of step {step + 1} is not finite; --resume goes on from "
-                                 f"the last checkpoint, a smaller --lr may help")  # fmt: skip
+                raise InputError(f"{out}: loss or gradient of step {step + 1} is not finite; the last good "
+                                 f"checkpoint is kept; another run with a smaller --lr may help")  # fmt: skip
             seconds = time.time() - began
             speed = sum(batch.read for batch in some) / seconds
             line = {"step": step + 1, "loss": loss, "norm": norm, "lr": share * args.lr}

@@ -147,10 +147,34 @@ def test_folders_of_scores_and_story_cloze_are_tasks(tmp_path):
 
 def test_a_listed_task_escapes_or_is_missing(tmp_path):
     (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "test_tasks.txt").write_text("")
     for name in ("nothing", "../outside"):
         (tmp_path / "splits" / "train_tasks.txt").write_text(name + "\n")
         with pytest.raises(InputError, match="has no folder"):
             p3_tasks(tmp_path, "train")
+
+
+def test_a_held_out_task_is_trained_on(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation"):
+            write_jsonl(tmp_path / name / f"{split}.jsonl", ROWS)
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "test_tasks.txt").write_text("b\n")
+    with pytest.raises(InputError, match="train_tasks.txt: is missing"):
+        p3_tasks(tmp_path, "train")
+    (tmp_path / "splits" / "train_tasks.txt").write_text("a\nb\n")
+    with pytest.raises(InputError, match="b is in both lists"):
+        p3_tasks(tmp_path, "train")
+
+
+def test_a_prompt_without_options_stops_the_evaluation_of_all(tmp_path, capsys):
+    for name, options in (("hellaswag_open", []), ("hellaswag_choice", ["yes", "no"])):
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation"):
+            write_jsonl(tmp_path / name / f"{split}.jsonl", [("a?", "yes", options)])
+    assert [task.name for task in p3_tasks(tmp_path, "test")] == ["hellaswag_choice"]
+    assert "hellaswag_open: left out" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- examples and batches

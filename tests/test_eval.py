@@ -123,6 +123,11 @@ def test_untouched_baselines_move_with_training(capsys):
     assert trained["controls"]["fewer_shots"] == fresh["controls"]["fewer_shots"]
 
 
+def test_another_task_is_a_prompt_of_the_same_dataset_or_the_task_itself():
+    tasks = [Task(name, dataset, None) for name, dataset in (("a1", "a"), ("a2", "a"), ("b", "b"))]
+    assert [evaluation.other_task(tasks, t) for t in range(3)] == [2, 2, 0]
+
+
 def test_same_conditions_are_scored_twice():
     assert Condition(None) == Condition(None) and Condition(None) != Condition(None, "downstream")
 
@@ -145,10 +150,14 @@ def test_bad_options_of_eval_are_a_traceback(argv, message):
 
 
 def test_evaluation_options_do_not_reach_a_run_or_change_others(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps({"gists": 5, "sets": 2, "controls": True}))
-    args, folder = settings([str(tmp_path), "--sets", "3"])
+    saved = {"task": "p3", "method": "hyper", "model": "m", "data": "d", "gists": 5, "sets": 2, "controls": True}
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    args, folder = settings([str(tmp_path), "--sets", "3", "--data", "there"])
     assert isinstance(args, argparse.Namespace) and folder == tmp_path
-    assert (args.gists, args.sets, args.controls) == (5, 3, True)
+    assert (args.gists, args.sets, args.controls, args.data) == (5, 3, True, "there")
+    for same_as_default in ("--gists", "16"), ("--shots", "16"):
+        with pytest.raises(InputError, match="can't be changed"):
+            settings([str(tmp_path), *same_as_default])
     assert not settings([str(tmp_path), "--no-controls"])[0].controls
     plain, _ = settings(["--task", "p3", "--method", "fewshot"])
     assert (plain.sets, plain.controls, plain.score) == (1, False, "sum")
