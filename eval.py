@@ -106,9 +106,10 @@ def read_args(folder: Path) -> dict:
     """The arguments of a run."""
     try:
         args = json.loads((folder / "args.json").read_text())
-        assert {"task", "method", "model", "data"} <= args.keys()
-        return args
-    except (OSError, ValueError, AttributeError, AssertionError):
+        if {"task", "method", "model", "data"} <= args.keys():
+            return args
+        raise ValueError("not what a run writes")
+    except (OSError, ValueError, AttributeError):
         raise InputError(f"{folder}: not the folder of a run (no readable args.json)") from None
 
 
