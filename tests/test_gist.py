@@ -48,11 +48,11 @@ def test_joint_pass_and_two_passes_have_other_gradients(downstream, kv_heads):
     rows, gradients = ragged_rows(), []
     for way in (two_passes, one_pass):
         hyper = random_hyper(downstream, kv_heads)
-        sum(out.float().log_softmax(-1)[:, 7].sum() for out in way(hyper, rows)).backward()
+        torch.cat([out.log_softmax(-1)[:, 7] for out in way(hyper, rows)]).mean().backward()  # as in training: per token
         gradients.append({name: p.grad for name, p in hyper.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
     for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-4, rtol=1e-5, msg=name)
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_mask_of_a_small_row_is_not_what_the_paper_draws():
