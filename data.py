@@ -199,11 +199,15 @@ class Example:
 READERS = {".jsonl": JsonLines, ".tfrecord": TFRecords, ".parquet": Parquet}
 
 
+def file_kind(path: Path) -> str | None:
+    return next((kind for kind in READERS if kind in path.name), None)
+
+
 def find_split(folder: Path, split: str) -> list[Path]:
     """Files like train.jsonl, train.tfrecord-00000-of-00001, train-00000-of-00002.parquet."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob(f"{split}[.-]*")):
-        kind = next((suffix for suffix in READERS if suffix in path.name), None)
+        kind = file_kind(path)
         if kind:
             found.setdefault(kind, []).append(path)
     return found[next(iter(found))] if found else []  # the same split in two formats: read one
@@ -217,18 +221,21 @@ class Split(Sequence):
         paths = find_split(folder, split)
         if not paths:
             raise InputError(f"{folder}: no {split} split ({split}.tfrecord*, .jsonl or .parquet)")
-        self.files = [next(READERS[s] for s in READERS if s in path.name)(path) for path in paths]
+        self.files = [READERS[file_kind(path)](path) for path in paths]
         self.ends = np.cumsum([len(file) for file in self.files])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def where(self, i: int) -> str:
+        return f"{self.folder}: row {i + 1} of {self.name}"
 
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
             raise IndexError(i)
         file = int(np.searchsorted(self.ends, i, side="right"))
         row = self.files[file][i - int(self.ends[file]) + len(self.files[file])]
-        where = f"{self.folder}: row {i + 1} of {self.name}"
+        where = self.where(i)
         text = {}
         for field in ("inputs_pretokenized", "targets_pretokenized"):
             value = row.get(field)
@@ -245,7 +252,7 @@ class Split(Sequence):
     def scorable(self, i: int) -> Example:
         """Example i, with options that are there, differ, and hold the target; else InputError."""
         example = self[i]
-        where = f"{self.folder}: row {i + 1} of {self.name}"
+        where = self.where(i)
         if len(set(example.options)) < 2 or not all(example.options):
             raise InputError(f"{where}: needs two or more different answer_choices, has {list(example.options)}")
         if example.target not in example.options:
@@ -297,9 +304,11 @@ def p3_names(folder: Path, split: str) -> dict[str, str]:
         dataset = next((d for d in HELD_OUT if path.name.startswith(d)), None)
         if (dataset is not None) != (split == "test"):
             continue
-        if split == "test" and not Split(path, "validation")[0].options:
-            print(f"{path.name}: left out, its rows have no answer_choices to rank", file=sys.stderr)
-            continue
+        if split == "test":
+            rows = Split(path, "validation")
+            if len(rows) and not rows[0].options:
+                print(f"{path.name}: left out, its rows have no answer_choices to rank", file=sys.stderr)
+                continue
         names[path.name] = dataset or path.name
     return names
 

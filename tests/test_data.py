@@ -175,6 +175,8 @@ def test_a_prompt_without_options_stops_the_evaluation_of_all(tmp_path, capsys):
             write_jsonl(tmp_path / name / f"{split}.jsonl", [("a?", "yes", options)])
     assert [task.name for task in p3_tasks(tmp_path, "test")] == ["hellaswag_choice"]
     assert "hellaswag_open: left out" in capsys.readouterr().err
+    write_jsonl(tmp_path / "hellaswag_open" / "validation.jsonl", [])  # empty: said in one line when it is read
+    assert len(p3_tasks(tmp_path, "test")) == 2
 
 
 # ------------------------------------------------------------------------------- examples and batches
