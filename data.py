@@ -1,29 +1,36 @@
-"""Tasks, examples and batches. P3 as it lies on disk (paper, Section 4; Sanh et al. 2022).
+"""Tasks, examples and batches: P3, Super-NaturalInstructions, symbol tuning, text (paper, Section 4).
 
-A data folder holds one folder per task; a task's splits are TFRecord files as bigscience/P3 was
-published, or .jsonl, or .parquet, with the same fields. Rows are indexed and read one by one: real
-P3 does not fit in memory. A batch is a pure function of (seed, step, rank), so that a run can be
-resumed at any step by asking for that batch.
+A task gives episodes: queries, and what may be known of their task (an instruction, examples).
+Formatter turns episodes into rows of tokens, whole examples only:
 
-Text becomes tokens as follows, whole examples only:
-
-    hypernetwork   BOS {\\nInput:\\n x \\nOutput:\\n y}×shots gist×G
+    hypernetwork   BOS instruction {\\nInput:\\n x \\nOutput:\\n y}×shots gist×G
     downstream     BOS \\nInput:\\n x \\nOutput:\\n   then y EOS, the only tokens with a loss
+
+Rows on disk are indexed and read one by one: real P3 does not fit in memory. Each row of a batch is
+a pure function of the seed and its number, so that a run can be resumed at any step, by any number
+of processes, by asking for those rows.
 """
 
+import gzip
 import json
 import mmap
 import random
+import shutil
+import string
 import struct
 import sys
+import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from llama import InputError, Tokenizer, ragged
 
@@ -186,15 +193,121 @@ def parse_example(message: bytes) -> dict[str, list[bytes]]:
     return row
 
 
-# ---------------------------------------------------------------------------------------- P3's tasks
+# ----------------------------------------------------------------------------- examples and episodes
 
 
 @dataclass(frozen=True)
 class Example:
     input: str
     target: str
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # to rank, where answers are ranked
+    references: tuple[str, ...] = ()  # all right answers, where answers are generated
 
+
+@dataclass(frozen=True)
+class Layout:
+    """How a task is written.
+
+    instruction  what stands in front of everything, around an instruction
+    shot         an example: {n} its number, {input}, {target}
+    head, tail   what stands before and behind the input of a query (which may lose its beginning)
+    space        what stands before the input and the target of a query
+    """
+
+    shot: str
+    head: str
+    tail: str
+    space: str = ""
+    instruction: str = "{}"
+
+    def example(self, n: int, example: Example) -> str:
+        return self.shot.format(n=n, input=example.input, target=example.target)
+
+
+P3_LAYOUT = Layout("\nInput:\n{input}\nOutput:\n{target}", "\nInput:\n", "\nOutput:\n")
+
+# Tk-Instruct's prompt (Wang et al. 2022).
+SNI_LAYOUT = Layout(
+    " Positive Example {n} -\nInput: {input}\n Output: {target}\n\n",
+    "Now complete the following example -\nInput:",
+    "\nOutput:",
+    " ",
+    "Definition: {}\n\n",
+)
+
+# The ten formats of symbol tuning (Wei et al. 2023): what stands before the input, and before the label.
+SYMBOL_LAYOUTS = [
+    Layout(f"\n{before} {{input}}{between} {{target}}", "\n" + before, between, " ")
+    for before, between in (
+        ("Input:", "\nOutput:"),
+        ("Input:", "\nTarget:"),
+        ("Input:", "\nSymbol:"),
+        ("Input:", "\nLabel:"),
+        ("Question:", "\nAnswer:"),
+        ("Student:", "\nTeacher:"),
+        ("X =", "\nY ="),
+        ("Q:", "\nA:"),
+        ("", " ->"),
+        ("Sentences:", "\nMapped To:"),
+    )
+]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Queries of one task, and what may be known of it: an instruction, examples."""
+
+    queries: list[Example]
+    shots: list[Example]
+    layout: Layout
+    instruction: str = ""
+
+
+# A task (P3Task, SNITask, SymbolTask) has a name; a group, within which its score is averaged; a
+# weight, by which it is drawn in training; and these methods:
+#
+#   draw(rng, shots, queries)          -> Episode         one of training
+#   evaluation(seed, n, shots, limit)  -> [Episode, …]    all queries, with the n-th draw of examples
+
+
+def read_lists(folder: Path) -> dict[str, list[str]] | None:
+    """The names in {train,test}_tasks.txt, as {"train": […], "test": […]}; None without these files."""
+    paths = {part: folder / f"{part}_tasks.txt" for part in ("train", "test")}
+    if not any(path.exists() for path in paths.values()):
+        return None
+    names = {}
+    for part, path in paths.items():
+        try:
+            names[part] = path.read_text(encoding="utf-8").split()
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: is not UTF-8") from None
+        except OSError:
+            raise InputError(f"{path}: is missing; beside the other list it is needed, too") from None
+        for name in names[part]:
+            if Path(name).name != name:
+                raise InputError(f"{path}: the task {name} is not in its folder")
+    for name in sorted(set(names["train"]) & set(names["test"])):
+        raise InputError(f"{folder}: the task {name} is in both lists")
+    return names
+
+
+def as_text(value: object, where: str) -> str:
+    try:
+        value = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        raise InputError(f"{where} is not UTF-8") from None
+    if not isinstance(value, str):
+        raise InputError(f"{where} is missing or not text")
+    return value
+
+
+def existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such data folder")
+    return Path(folder)
+
+
+# ------------------------------------------------------------------------------------------------ P3
 
 READERS = {".jsonl": JsonLines, ".tfrecord": TFRecords, ".parquet": Parquet}
 
@@ -260,22 +373,46 @@ class Split(Sequence):
         return example
 
 
-def as_text(value: object, where: str) -> str:
-    try:
-        value = value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        raise InputError(f"{where} is not UTF-8") from None
-    if not isinstance(value, str):
-        raise InputError(f"{where} is missing or not text")
-    return value
+MAX_WEIGHT = 30_000  # rows of one task that count when tasks are drawn
 
 
 @dataclass(frozen=True)
-class Task:
+class P3Task:
+    """One prompt of P3. Accuracies are averaged over a dataset's prompts (the group), then over datasets."""
+
     name: str
-    dataset: str  # accuracies are averaged over a dataset's tasks (prompts), then over datasets
+    group: str
     train: Split
-    evaluation: Split | None = None
+    validation: Split | None = None
+
+    @property
+    def weight(self) -> int:
+        return min(len(self.train), MAX_WEIGHT)
+
+    def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
+        if len(self.train) < shots + queries:
+            raise InputError(
+                f"{self.train.folder}: {len(self.train)} training rows are too few for "
+                f"{shots} shots and {queries} queries (--shots)"
+            )
+        picked = [self.train[i] for i in rng.sample(range(len(self.train)), shots + queries)]
+        asked = {query.input for query in picked[:queries]}
+        # Real tasks hold the same row several times: a shot may never be the query itself.
+        return Episode(picked[:queries], [e for e in picked[queries:] if e.input not in asked], P3_LAYOUT)
+
+    def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
+        """One episode: the examples come from the training split, and none is among the questions."""
+        if not len(self.validation):
+            raise InputError(f"{self.validation.folder}: the {self.validation.name} split is empty")
+        queries = [self.validation.scorable(i) for i in range(min(len(self.validation), limit or sys.maxsize))]
+        order = random.Random(f"{seed} {self.name} {n}").sample(range(len(self.train)), len(self.train))
+        asked = {query.input for query in queries}
+        found = list(islice((e for e in map(self.train.__getitem__, order) if e.input not in asked), shots))
+        if len(found) < shots:
+            raise InputError(
+                f"{self.train.folder}: only {len(found)} training rows are no questions; {shots} --shots asked"
+            )
+        return [Episode(queries, found, P3_LAYOUT)]
 
 
 # Held-out datasets by the beginning of their tasks' names. T0 held out story_cloze too: it has to be
@@ -283,20 +420,13 @@ class Task:
 HELD_OUT = (
     "anli hellaswag super_glue_cb super_glue_copa super_glue_rte super_glue_wic super_glue_wsc.fixed winogrande"
 ).split()
-MAX_WEIGHT = 30_000  # rows of one task that count when tasks are drawn
 
 
 def p3_names(folder: Path, split: str) -> dict[str, str]:
     """Task name -> dataset, for split "train" or "test": by splits/{train,test}_tasks.txt, else the paper's."""
-    lists = [folder / "splits" / f"{part}_tasks.txt" for part in ("train", "test")]
-    if any(path.exists() for path in lists):
-        for path in lists:
-            if not path.exists():
-                raise InputError(f"{path}: is missing; beside the other list it is needed, too")
-        train, test = (path.read_text(encoding="utf-8").split() for path in lists)
-        for name in sorted(set(train) & set(test)):
-            raise InputError(f"{folder / 'splits'}: the task {name} is in both lists")
-        return {name: name for name in (train if split == "train" else test)}
+    lists = read_lists(folder / "splits")
+    if lists is not None:
+        return {name: name for name in lists[split]}
     names = {}
     for path in sorted(folder.iterdir()):
         if path.name.endswith("_score_eval") or path.name.startswith("story_cloze") or not find_split(path, "train"):
@@ -313,58 +443,269 @@ def p3_names(folder: Path, split: str) -> dict[str, str]:
     return names
 
 
-def p3_tasks(folder: str | Path, split: str) -> list[Task]:
+def p3_tasks(folder: str | Path, split: str) -> list[P3Task]:
     """The training tasks (split "train") or the held-out ones ("test") of a P3 folder."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such data folder")
+    folder = existing(folder)
     root = folder if (folder / "splits").is_dir() or not (folder / "data").is_dir() else folder / "data"
     tasks = []
     for name, dataset in p3_names(root, split).items():
-        if Path(name).name != name or not (root / name).is_dir():
+        if not (root / name).is_dir():
             raise InputError(f"{root}: the task {name}, listed in splits/{split}_tasks.txt, has no folder")
-        evaluation = Split(root / name, "validation") if split == "test" else None
-        tasks.append(Task(name, dataset, Split(root / name, "train"), evaluation))
+        validation = Split(root / name, "validation") if split == "test" else None
+        tasks.append(P3Task(name, dataset, Split(root / name, "train"), validation))
     if not tasks:
         kind = "training" if split == "train" else "held-out"
         raise InputError(f"{root}: no {kind} tasks of P3 here (splits/{split}_tasks.txt may name them)")
     return tasks
 
 
+# -------------------------------------------------------------------------- Super-NaturalInstructions
+
+INSTANCES = 100  # of a task, in training and in evaluation: the protocol of Tk-Instruct
+
+
+@dataclass(frozen=True)
+class SNITask:
+    """A definition, positive examples, and instances with one or several right answers each."""
+
+    name: str
+    group: str  # the task's category
+    definition: str
+    examples: list[Example]
+    instances: list[Example]
+    weight: int = 1
+
+    def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
+        if len(self.instances) < queries:
+            raise InputError(f"{self.name}: has only {len(self.instances)} instances; {queries} are needed")
+        picked = [replace(e, target=rng.choice(e.references)) for e in rng.sample(self.instances, queries)]
+        return Episode(picked, self.examples[:shots], SNI_LAYOUT, self.definition)
+
+    def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
+        return [Episode(self.instances[:limit], self.examples[:shots], SNI_LAYOUT, self.definition)]
+
+
+def full_stop(text: str) -> str:
+    return text if not text or text[-1] in string.punctuation else text + "."
+
+
+def read_sni_task(path: Path) -> SNITask:
+    """A task file. Older ones have plain text where newer ones have lists."""
+
+    def texts(value: object, what: str) -> list[str]:
+        found = [as_text(v, f"{path}: {what}").strip() for v in (value if isinstance(value, list) else [value])]
+        if not found:
+            raise InputError(f"{path}: {what} is empty")
+        return found
+
+    try:
+        raw = json.loads(path.read_bytes())
+        definition = full_stop(texts(raw["Definition"], "Definition")[0])
+        examples = [
+            Example(*(full_stop(texts(e[field], f"Positive Examples: {field}")[0]) for field in ("input", "output")))
+            for e in raw["Positive Examples"]
+        ]
+        instances = []
+        for i, row in enumerate(raw["Instances"][:INSTANCES]):
+            (text,) = texts(row["input"], f"instance {i + 1}: input")
+            answers = texts(row["output"], f"instance {i + 1}: output")
+            instances.append(Example(full_stop(text), answers[0], references=tuple(answers)))
+        group = texts(raw.get("Categories") or "no category", "Categories")[0]
+    except OSError as problem:
+        raise InputError(f"{path}: {problem.strerror}") from None
+    except ValueError as problem:  # also of UTF-8
+        raise InputError(f"{path}: not a task file of Super-NaturalInstructions ({problem})") from None
+    except KeyError as field:
+        raise InputError(f"{path}: the field {field} is missing") from None
+    except (TypeError, AttributeError):
+        raise InputError(f"{path}: a field has the wrong type") from None
+    if not instances:
+        raise InputError(f"{path}: has no instances")
+    return SNITask(path.stem, group, definition, examples, instances)
+
+
+def sni_tasks(folder: str | Path, split: str) -> list[SNITask]:
+    """The tasks of splits/default/{train,test}_tasks.txt whose files are there; the others are counted."""
+    folder = existing(folder)
+    lists = read_lists(folder / "splits" / "default")
+    if lists is None:
+        raise InputError(f"{folder}: no splits/default/{split}_tasks.txt, so not Super-NaturalInstructions")
+    paths = [folder / "tasks" / f"{name}.json" for name in lists[split]]
+    found = [path for path in paths if path.exists()]
+    if not found:
+        raise InputError(f"{folder / 'tasks'}: none of the {len(paths)} tasks of {split}_tasks.txt is here")
+    if len(found) < len(paths):
+        print(f"{folder}: {len(paths) - len(found)} of {len(paths)} {split} tasks have no file and are left out", file=sys.stderr)
+    return [read_sni_task(path) for path in tqdm(found, desc=f"reading {split} tasks", leave=False, delay=1)]
+
+
+# ------------------------------------------------------------------------------------- symbol tuning
+
+TRAINING_SHOTS = range(2, 11)  # examples per class in training; evaluation takes --shots
+
+
+def in_test_pool(symbol: str) -> bool:
+    """Symbols for evaluation are never seen in training: a checksum says which pool one belongs to."""
+    return zlib.crc32(symbol.encode()) % 4 == 0
+
+
+def draw_symbols(rng: random.Random, count: int, words: Sequence[str], test: bool) -> list[str]:
+    """Arbitrary labels for one prompt: integers, letter strings or words, none the beginning of another.
+
+    Integers have at most 5 digits in training and 4 in evaluation: Llama reads them digit by digit,
+    and one that has never seen a fifth would give it no probability.
+    """
+    kind = rng.choice(("integer", "letters", "word"))
+    symbols: list[str] = []
+    for _ in range(10_000):
+        if len(symbols) == count:
+            return symbols
+        if kind == "integer":
+            symbol = str(rng.randrange(10_000 if test else 100_000))
+        elif kind == "letters":
+            symbol = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 4)))
+        else:
+            symbol = rng.choice(words)
+        # A sum of log-probabilities would always prefer a label that another one begins with.
+        clash = any(symbol.startswith(other) or other.startswith(symbol) for other in symbols)
+        if in_test_pool(symbol) == test and not clash:
+            symbols.append(symbol)
+    raise InputError(f"{len(words)} words are too few to name {count} classes (--words)")
+
+
+@dataclass(frozen=True)
+class SymbolTask:
+    """A set of texts with labels, whose labels are replaced anew for each prompt."""
+
+    name: str
+    classes: dict[str, list[str]]  # label -> texts
+    words: Sequence[str]
+    weight: int = 1
+
+    @property
+    def group(self) -> str:
+        return self.name
+
+    def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
+        """Training: 2 to 10 examples per class, whatever `shots` says."""
+        labels = [rng.choice(list(self.classes)) for _ in range(queries)]
+        return self.episode(rng, rng.choice(TRAINING_SHOTS), [(l, rng.choice(self.classes[l])) for l in labels], False)
+
+    def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
+        """An episode for each of at most 100 queries: its own symbols, format and examples."""
+        rows = [(label, text) for label, texts in self.classes.items() for text in texts]
+        rows = random.Random(f"{seed} {self.name}").sample(rows, min(len(rows), limit or INSTANCES))
+        rngs = [random.Random(f"{seed} {self.name} {n} {i}") for i in range(len(rows))]
+        return [self.episode(rng, shots, [row], True) for rng, row in zip(rngs, rows)]
+
+    def episode(self, rng: random.Random, shots: int, rows: list[tuple[str, str]], test: bool) -> Episode:
+        """`shots` examples per class (as many as there are), none of them a query."""
+        symbols = dict(zip(self.classes, draw_symbols(rng, len(self.classes), self.words, test)))
+        asked = {text for _, text in rows}
+        examples = []
+        for label, texts in self.classes.items():
+            others = [text for text in texts if text not in asked]
+            examples += [Example(text, symbols[label]) for text in rng.sample(others, min(shots, len(others)))]
+        rng.shuffle(examples)
+        options = tuple(symbols.values())
+        queries = [Example(text, symbols[label], options) for label, text in rows]
+        return Episode(queries, examples, rng.choice(SYMBOL_LAYOUTS))
+
+
+# The paper's eleven evaluation sets, as parts of a file's name.
+SYMBOL_HELD_OUT = (
+    "subj hate stance_abortion stance_atheism stance_feminist stance_hillary "
+    "ade_corpus overruling semiconductor terms_of_service twitter_complaints"
+).split()
+
+
+def symbol_tasks(folder: str | Path, split: str, words: Sequence[str]) -> list[SymbolTask]:
+    """The sets of a folder, one .jsonl each with text and label; divided as in splits/, else as in the paper."""
+    folder = existing(folder)
+    paths = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+    lists = read_lists(folder / "splits")
+    if lists is None:
+        held_out = [name for name in paths if any(part in name.lower() for part in SYMBOL_HELD_OUT)]
+        lists = {"train": [name for name in paths if name not in held_out], "test": held_out}
+    tasks = []
+    for name in lists[split]:
+        if name not in paths:
+            raise InputError(f"{folder}: the set {name}, listed in splits/{split}_tasks.txt, has no {name}.jsonl")
+        classes: dict[str, list[str]] = {}
+        rows = JsonLines(paths[name])
+        for i, row in enumerate(rows):
+            where = f"{paths[name]}: line {i + 1}"
+            if not isinstance(row.get("label"), (str, int)):
+                raise InputError(f"{where}: label is missing or neither text nor a whole number")
+            classes.setdefault(str(row["label"]), []).append(as_text(row.get("text"), f"{where}: text").strip())
+        if len(classes) < 2 or min(len(set(texts)) for texts in classes.values()) < 2:
+            raise InputError(f"{paths[name]}: needs two classes or more, and two texts or more in each")
+        tasks.append(SymbolTask(name, classes, words))
+    if not tasks:
+        raise InputError(f"{folder}: no {split} sets here (.jsonl files; splits/{split}_tasks.txt may name them)")
+    return tasks
+
+
+def read_words(path: str | Path) -> list[str]:
+    """Words to use as symbols, separated by white space."""
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise InputError(f"{path}: not a file of words ({problem})") from None
+    if not words:
+        raise InputError(f"{path}: holds no words")
+    return words
+
+
 # ------------------------------------------------------------------------------------------- tokens
-
-
-def shot_text(example: Example) -> str:
-    return f"\nInput:\n{example.input}\nOutput:\n{example.target}"
 
 
 ROOM_FOR_QUERY = 32  # tokens of a downstream row that its target must leave to the query
 
 
 class Formatter:
-    """Turns examples into rows of tokens within a budget, and counts what did not fit."""
+    """Turns episodes into rows of tokens within a budget, and counts what did not fit."""
 
     def __init__(self, tokenizer: Tokenizer, context: int, downstream: int):
         """context: most tokens of a row of examples (gists included); downstream: of one query."""
         self.tokenizer, self.context, self.downstream = tokenizer, context, downstream
         self.counts: Counter[str] = Counter()
 
-    def shots(self, examples: Sequence[Example], end: Sequence[int] = (), budget: int | None = None) -> list[int]:
-        """BOS, as many whole examples as fit into the budget, then `end` (the gists). Others are counted."""
-        row, room = [self.tokenizer.bos], (self.context if budget is None else budget) - len(end)
-        for example in examples:
-            tokens = self.tokenizer.encode(shot_text(example))
+    def instruction(self, episode: Episode, budget: int) -> list[int]:
+        """The instruction's tokens; at most half of the budget, of which it keeps the beginning."""
+        if not episode.instruction:
+            return []
+        tokens = self.tokenizer.encode(episode.layout.instruction.format(episode.instruction))
+        self.counts["instructions"] += 1
+        self.counts["instructions cut"] += len(tokens) > budget // 2
+        return tokens[: budget // 2]
+
+    def context_row(self, episode: Episode, end: Sequence[int] = (), budget: int | None = None) -> tuple[list[int], int]:
+        """BOS, instruction, as many whole examples as fit into the budget, then `end` (the gists, say).
+
+        Also returns how many tokens there are before the first example. What is left out is counted.
+        """
+        budget = self.context if budget is None else budget
+        row = [self.tokenizer.bos] + self.instruction(episode, budget)
+        lead, room = len(row), budget - len(end)
+        for n, example in enumerate(episode.shots, 1):
+            tokens = self.tokenizer.encode(episode.layout.example(n, example))
             self.counts["shots"] += 1
             if len(row) + len(tokens) <= room:
                 row += tokens
             else:
                 self.counts["shots left out"] += 1
-        return row + list(end)
+        return row + list(end), lead
 
-    def query(self, example: Example, budget: int, bos: bool = True) -> list[int]:
-        """The prompt of a query. What is too long loses the beginning of its input."""
-        start = [self.tokenizer.bos] * bos + self.tokenizer.encode("\nInput:\n")
-        text, end = self.tokenizer.encode(example.input), self.tokenizer.encode("\nOutput:\n")
+    def target(self, episode: Episode, text: str) -> list[int]:
+        return self.tokenizer.encode(episode.layout.space + text)
+
+    def query(self, episode: Episode, example: Example, budget: int, instruct: bool, bos: bool = True) -> list[int]:
+        """The prompt of a query; `instruct`: behind the instruction. What is too long loses the beginning of its input."""
+        layout = episode.layout
+        start = [self.tokenizer.bos] * bos + (self.instruction(episode, budget) if instruct else [])
+        start += self.tokenizer.encode(layout.head)
+        text, end = self.tokenizer.encode(layout.space + example.input), self.tokenizer.encode(layout.tail)
         room = budget - len(start) - len(end)
         if room < 0:
             raise InputError(f"{budget} tokens leave no room for a query: its target or options are too long for it")
@@ -381,20 +722,13 @@ class Formatter:
         self.counts["targets"] += 1
         return fits
 
-    def query_and_target(self, example: Example, shots: list[Example] | None = None) -> tuple[list[int], list[int]]:
-        """A training row: prompt, and target with EOS. With `shots`, these stand in the prompt itself."""
-        target = self.tokenizer.encode(example.target) + [self.tokenizer.eos]
-        if shots is None:
-            return self.query(example, self.downstream - len(target)), target
-        query = self.query(example, self.downstream - len(target), bos=False)
-        return self.shots(shots, query, self.context - len(target)), target
-
     def report(self) -> str:
         """What was left out or cut, in a line; empty if nothing was."""
         told = [
             f"{self.counts[part]} of {self.counts[whole]} {what}"
             for part, whole, what in (
                 ("shots left out", "shots", "examples left out, because the context was full"),
+                ("instructions cut", "instructions", "instructions cut at the end, because they were too long"),
                 ("targets left out", "targets", "training targets left out, because they were too long"),
                 ("queries cut", "queries", "queries cut at the beginning, because they were too long"),
             )
@@ -411,6 +745,7 @@ class Batch:
     """What `HyperLlama.forward` reads. N queries share B rows of examples; M tokens have a loss.
 
     examples  [B, T] rows for the hypernetwork, or None
+    kept      [B] how many tokens at the beginning of each row of examples stay in the prefix, or None
     row       [N] which row of examples serves each query
     tokens    [N, T'] the queries with their targets (without the last token, which is only predicted)
     select    [M] positions that predict a target token, as indices into N·T'
@@ -419,6 +754,7 @@ class Batch:
     """
 
     examples: Tensor | None
+    kept: Tensor | None
     row: Tensor
     tokens: Tensor
     select: Tensor
@@ -430,7 +766,13 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(examples: list[list[int]] | None, row: list[int], prompts: list[list[int]], targets: list[list[int]]):
+def collate(
+    examples: list[list[int]] | None,
+    row: list[int],
+    prompts: list[list[int]],
+    targets: list[list[int]],
+    kept: list[int] | None = None,
+) -> Batch:
     """Right-padded tensors of rows of tokens; loss on the targets alone."""
     tokens = [prompt + target[:-1] for prompt, target in zip(prompts, targets)]
     width = max(map(len, tokens))
@@ -441,6 +783,7 @@ def collate(examples: list[list[int]] | None, row: list[int], prompts: list[list
     ]
     return Batch(
         examples=None if examples is None else ragged(examples),
+        kept=None if kept is None else torch.tensor(kept),
         row=torch.tensor(row),
         tokens=ragged(tokens),
         select=torch.tensor(select),
@@ -452,44 +795,139 @@ def collate(examples: list[list[int]] | None, row: list[int], prompts: list[list
 QUERIES = 4  # queries that share one row of examples in training: one hyper pass serves them all
 
 
-class P3Batches:
-    """Training batches: `batches(seed, step, rank)` is a pure function of its arguments."""
+@dataclass
+class TaskBatches:
+    """Training batches of tasks: rows of examples with QUERIES queries each; without gists, rows of text.
 
-    def __init__(self, tasks: list[Task], formatter: Formatter, method: str, gist_ids: list[int], shots: int, rows: int):
-        """rows: rows of examples in a batch, with QUERIES queries each; or, without gists, rows of text."""
-        self.tasks, self.formatter, self.method = tasks, formatter, method
-        self.gist_ids, self.shots, self.rows = gist_ids, shots, rows
-        self.queries = QUERIES if method == "hyper" else 1
-        self.weights = [min(len(task.train), MAX_WEIGHT) for task in tasks]
-        for task in tasks:
-            if len(task.train) < shots + self.queries:
-                raise InputError(
-                    f"{task.train.folder}: {len(task.train)} training rows are too few for "
-                    f"{shots} shots and {self.queries} queries (--shots)"
-                )
+    method    "hyper": the queries follow gists; "fewshot": they follow the examples; "zeroshot"
+    instruct  whether the instruction also stands before a query that follows gists
+    fuse      whether the instruction's own keys and values stay in the prefix beside the gists
+    """
 
-    def __call__(self, seed: int, step: int, rank: int = 0) -> Batch:
-        rng = random.Random(f"{seed} {step} {rank}")
-        context, row, prompts, targets = [], [], [], []
-        for b in range(self.rows):
-            queries, shots = self.draw(rng)
+    tasks: Sequence[P3Task | SNITask | SymbolTask]
+    formatter: Formatter
+    method: str
+    gist_ids: list[int]
+    shots: int
+    instruct: bool = False
+    fuse: bool = False
+
+    def __post_init__(self) -> None:
+        self.queries = QUERIES if self.method == "hyper" else 1
+        self.weights = [task.weight for task in self.tasks]
+        for task in self.tasks:  # a task that is too small is found now, not after hours
+            task.draw(random.Random(0), self.shots, self.queries)
+
+    def __call__(self, seed: int, rows: Sequence[int]) -> Batch:
+        """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
+        context, kept, row, prompts, targets = [], [], [], [], []
+        for b, number in enumerate(rows):
+            episode = self.draw(random.Random(f"{seed} {number}"))
             if self.method == "hyper":
-                context.append(self.formatter.shots(shots, self.gist_ids))
-            for query in queries:
-                prompt, target = self.formatter.query_and_target(query, shots if self.method == "fewshot" else None)
+                examples, lead = self.formatter.context_row(episode, self.gist_ids)
+                context.append(examples)
+                kept.append(lead)
+            for query in episode.queries:
+                target = self.formatter.target(episode, query.target) + [self.formatter.tokenizer.eos]
                 row.append(b)
-                prompts.append(prompt)
+                prompts.append(self.prompt(episode, query, len(target)))
                 targets.append(target)
-        return collate(context or None, row, prompts, targets)
+        return collate(context or None, row, prompts, targets, kept if self.fuse else None)
 
-    def draw(self, rng: random.Random) -> tuple[list[Example], list[Example]]:
-        """Queries and shots of one task. Tasks are drawn by size, up to MAX_WEIGHT rows."""
+    def prompt(self, episode: Episode, query: Example, target: int) -> list[int]:
+        budget = self.formatter.downstream - target
+        if self.method != "fewshot":
+            return self.formatter.query(episode, query, budget, self.instruct or self.method == "zeroshot")
+        end = self.formatter.query(episode, query, budget, instruct=False, bos=False)
+        return self.formatter.context_row(episode, end, self.formatter.context - target)[0]
+
+    def draw(self, rng: random.Random) -> Episode:
+        """An episode of some task, without the queries whose target is too long."""
         for _ in range(100):
-            (split,) = rng.choices([task.train for task in self.tasks], self.weights)
-            picked = [split[i] for i in rng.sample(range(len(split)), self.shots + self.queries)]
-            queries = [example for example in picked[: self.queries] if self.formatter.fits(example)]
+            (task,) = rng.choices(self.tasks, self.weights)
+            episode = task.draw(rng, self.shots, self.queries)
+            queries = [query for query in episode.queries if self.formatter.fits(query)]
             if queries:
-                # Real tasks hold the same row several times: a shot may never be the query itself.
-                inputs = {query.input for query in queries}
-                return queries, [shot for shot in picked[self.queries :] if shot.input not in inputs]
+                return replace(episode, queries=queries)
         raise InputError(f"no target fits into {self.formatter.downstream} tokens (--query-length)")
+
+
+# --------------------------------------------------------------- text, for compression hyperpretraining
+
+
+class TextBatches:
+    """Segments A B C D of text: A and D are compressed, B C is predicted behind their gists (paper, Section 5).
+
+    A and D fill the formatter's context, B and C its downstream budget. Files (.jsonl or .jsonl.gz
+    with `text`) are never read whole: a window begins at a random byte of them. The last twentieth
+    of each file is kept for evaluation.
+    """
+
+    def __init__(self, folder: str | Path, formatter: Formatter, gist_ids: list[int]):
+        folder = existing(folder)
+        paths = sorted(path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
+        if not paths:
+            raise InputError(f"{folder}: no .jsonl or .jsonl.gz files with text")
+        self.paths, self.data = paths, [unpack(path) for path in paths]
+        self.formatter, self.gist_ids = formatter, gist_ids
+        self.outer = (formatter.context - len(gist_ids) - 1) // 2  # tokens of A, and of D
+        self.inner = (formatter.downstream - 1) // 2  # of B, and of C
+        if min(self.outer, self.inner) < 1:
+            raise InputError("--context and --query-length leave no room for segments of text")
+
+    def window(self, rng: random.Random, test: bool) -> list[int]:
+        """The tokens of A B C D: a stretch of one text, or of several where they are short."""
+        needed, eos = 2 * (self.outer + self.inner), self.formatter.tokenizer.eos
+        (file,) = rng.choices(range(len(self.data)), [len(data) for data in self.data])
+        path, data = self.paths[file], self.data[file]
+        border = data.find(b"\n", len(data) * 19 // 20) + 1  # where the evaluation part begins
+        start, end = (border, len(data)) if test else (0, border)
+        if start == end:
+            raise InputError(f"{path}: too few lines to keep some for evaluation")
+        at = data.find(b"\n", rng.randrange(start, end), end) + 1 or start  # the beginning of some line
+        tokens: list[int] = []
+        for _ in range(needed + 1):
+            at = start if at >= end else at
+            stop = data.find(b"\n", at, end) + 1 or end
+            text = text_of(data[at:stop], f"{path}: byte {at}")
+            # A text needn't be read whole: no token has more than 32 letters in the mean.
+            skip = rng.randrange(max(1, len(text) - 32 * needed)) if not tokens else 0
+            found = self.formatter.tokenizer.encode(text[skip : skip + 32 * needed])
+            if not tokens and len(found) > needed:
+                first = rng.randrange(len(found) - needed + 1)
+                found = found[first : first + needed]
+            tokens += found + [eos]
+            if len(tokens) > needed:
+                return tokens[:needed]
+            at = stop
+        raise InputError(f"{path}: its texts are empty")
+
+    def __call__(self, seed: int, rows: Sequence[int], test: bool = False) -> Batch:
+        """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
+        bos, context, targets = self.formatter.tokenizer.bos, [], []
+        for number in rows:
+            tokens = self.window(random.Random(f"{'test ' * test}{seed} {number}"), test)
+            middle = slice(self.outer, self.outer + 2 * self.inner)
+            context.append([bos, *tokens[: middle.start], *tokens[middle.stop :], *self.gist_ids])
+            targets.append(tokens[middle])
+        return collate(context, list(range(len(context))), [[bos]] * len(context), targets)
+
+
+def unpack(path: Path) -> mmap.mmap | bytes:
+    """A file's bytes, mapped; those of a .gz from a temporary file, since nothing can be found inside it."""
+    if path.suffix != ".gz":
+        return map_file(path)
+    try:
+        with tempfile.NamedTemporaryFile() as plain, gzip.open(path) as packed:
+            shutil.copyfileobj(packed, plain)
+            plain.flush()
+            return map_file(Path(plain.name))
+    except (OSError, EOFError, zlib.error) as problem:
+        raise InputError(f"{path}: can't be unpacked ({problem})") from None
+
+
+def text_of(line: bytes, where: str) -> str:
+    try:
+        return as_text(json.loads(line).get("text"), f"{where}: text")
+    except (ValueError, AttributeError):
+        raise InputError(f"{where}: not a line of JSON with the field text") from None

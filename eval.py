@@ -1,4 +1,4 @@
-"""Evaluation: held-out tasks by option ranking, with the baselines and controls beside the number.
+"""Evaluation: held-out tasks by option ranking or ROUGE-L, with the baselines and controls beside the number.
 
     python eval.py RUN                                    evaluate a run of train.py
     python eval.py --model DIR --task p3 --method fewshot  a plain Llama, without training
@@ -10,13 +10,12 @@ values of the examples themselves, or nothing. So one function scores them all.
 import argparse
 import json
 import os
-import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,9 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Example, Formatter, Task, collate, p3_tasks
+from data import (
+    Episode,
+    Formatter,
+    P3Task,
+    SNITask,
+    SymbolTask,
+    TextBatches,
+    collate,
+    p3_tasks,
+    read_words,
+    sni_tasks,
+    symbol_tasks,
+)
 from gist import Gists, HyperLlama
-from llama import InputError, Linear, Llama, Tokenizer, filled, load, ragged, step_mask
+from llama import InputError, Linear, Llama, Tokenizer, generate, holes_mask, load, ragged, read_config, real
 from lora import NF4Linear, add_lora, assign, load_tensors
 
 # --------------------------------------------------------------------------------- a model to evaluate
@@ -59,47 +70,66 @@ class System:
 
 
 ROOM_FOR_EXAMPLES = 32  # tokens of a row of examples that must not be gists
+MAX_NEW_TOKENS = 128  # of a generated answer
 DOWNSTREAM = {"frozen": None, "lora": "downstream", "shared": "hyper"}  # --downstream -> LoRA set
 
 
 def build(args: argparse.Namespace, trained: bool = True) -> System:
-    """Load the model that `args` describe; unless `trained` is False, with LoRA sets to train."""
+    """Load the model that `args` describe; unless `trained` is False, with what is to be trained."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
         raise InputError(f"--device {device}: not to be had here ({str(problem).splitlines()[0]})") from None
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    whole = args.task == "hyperpretrain"  # no LoRA: one set of weights learns both roles
+    # Small updates of a weight get lost in bfloat16, so weights that are trained are float32.
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") and not whole else "float32"))
     tokenizer = Tokenizer(args.model)
-    model = load(args.model, device, dtype, NF4Linear if args.quantize else Linear)
-    config = model.config
-    if tokenizer.size > config.vocab:
-        raise InputError(f"{args.model}: the tokenizer has {tokenizer.size} pieces, the model only {config.vocab}")
-    if args.context + args.query_length > config.max_positions:
+    config = read_config(Path(args.model))
+    longest = args.context + args.query_length + MAX_NEW_TOKENS * (args.task == "sni")
+    if longest > config.max_positions:
         raise InputError(
-            f"--context {args.context} + --query-length {args.query_length} exceed "
-            f"the {config.max_positions} positions of {args.model}"
+            f"--context {args.context} + --query-length {args.query_length}{' + an answer' * (args.task == 'sni')} "
+            f"exceed the {config.max_positions} positions of {args.model}"
         )
     if args.method == "fewshot" and args.context <= args.query_length:
         raise InputError(f"--context {args.context} must be longer than --query-length {args.query_length}")
     if args.context < args.gists + ROOM_FOR_EXAMPLES:
         raise InputError(f"--gists {args.gists} leave no room for examples in --context {args.context}")
+    if tokenizer.size > config.vocab:
+        raise InputError(f"{args.model}: the tokenizer has {tokenizer.size} pieces, the model only {config.vocab}")
+
+    model = load(args.model, device, dtype, NF4Linear if args.quantize else Linear)
     generator = torch.Generator().manual_seed(args.seed)
-    downstream = None
-    if trained and args.method == "hyper":
-        downstream = DOWNSTREAM[args.downstream]
-        only_gists = downstream != "hyper"
-        add_lora(model, "hyper", args.rank, args.alpha, generator, keys_values_only=only_gists)
-    elif trained:
-        downstream = "downstream"
-    if downstream == "downstream":
-        add_lora(model, "downstream", args.rank, args.alpha, generator)
-    # Gist embeddings start as the embeddings of random words.
-    gists = args.gists if args.method == "hyper" else 0
-    words = torch.randperm(config.vocab, generator=generator)[:gists].to(device)
-    hyper = HyperLlama(model, model.embed_tokens.weight[words], "hyper", downstream)
-    hyper.gists.requires_grad_(gists > 0)
+    roles = {"hyper": "hyper", "downstream": DOWNSTREAM[args.downstream]} if args.method == "hyper" else {"downstream": "downstream"}
+    if whole or not trained:
+        roles = {"hyper": None, "downstream": None}
+    for name in dict.fromkeys(filter(None, roles.values())):
+        only_gists = roles["downstream"] != name
+        add_lora(model, name, args.rank, args.alpha, generator, keys_values_only=only_gists)
+    hyper = HyperLlama(model, first_gists(args, model, generator), **roles)
+    hyper.gists.requires_grad_(args.method == "hyper")
+    if whole and trained:
+        hyper.requires_grad_(True)
     return System(args, tokenizer, Formatter(tokenizer, args.context, args.query_length), hyper)
+
+
+def first_gists(args: argparse.Namespace, model: Llama, generator: torch.Generator) -> Tensor:
+    """Gist embeddings to start from: a hyperpretrained model's own, else the embeddings of random words. [G, D]"""
+    count = args.gists if args.method == "hyper" else 0
+    words = model.embed_tokens.weight[torch.randperm(model.config.vocab, generator=generator)[:count]]
+    own = Path(args.model) / "gists.safetensors"
+    if not count or not own.exists():
+        return words
+    gists = load_tensors(own)[0].get("gists", words[:0])
+    if len(gists) != count:
+        print(f"{own}: holds {len(gists)} gists, not {count}: these start as words", file=sys.stderr)
+        return words
+    if gists.shape != words.shape:
+        raise InputError(f"{own}: gists of shape {list(gists.shape)} don't fit the model")
+    return gists.to(words.device)
 
 
 def read_args(folder: Path) -> dict:
@@ -121,7 +151,13 @@ def load_trained(system: System, folder: Path) -> None:
     assign(system.trainable(), load_tensors(path)[0], path)
 
 
-# ------------------------------------------------------------------------------------ option ranking
+def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, split: str) -> list[P3Task] | list[SNITask] | list[SymbolTask]:
+    if args.task == "symbol":
+        return symbol_tasks(args.data, split, read_words(args.words) if args.words else tokenizer.words())
+    return {"p3": p3_tasks, "sni": sni_tasks}[args.task](args.data, split)
+
+
+# ----------------------------------------------------------------------- two ways to score an answer
 
 
 @torch.no_grad()
@@ -135,20 +171,20 @@ def score_options(
 ) -> list[list[float]]:
     """Log-probability of each option of each prompt: the sum over its tokens (`mean`: their mean).
 
-    prefix: one row of Gists that stands before every prompt. Each prompt is read once; its options
-    go on from its keys and values.
+    prefix: what stands before each of the N prompts. Each prompt is read once; its options go on
+    from its keys and values.
     """
     device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [N]
     tokens = ragged(prompts, device=device)  # [N, T]
     N, T = tokens.shape
-    before = {"offset": torch.zeros_like(lengths)}
-    if prefix is not None:
-        shared = prefix[torch.zeros_like(lengths)]  # the one row, N times
-        before = {"past": shared.past, "offset": shared.offset}
+    before = {"offset": torch.zeros_like(lengths)} if prefix is None else prefix.before(T)
     last = torch.arange(N, device=device) * T + lengths - 1
     logits, present = model(tokens, **before, adapter=adapter, select=last)
     first = logits.float().log_softmax(-1)  # [N, V]
+    P = present[0][0].shape[2] - T
+    seen = torch.ones(N, P, dtype=torch.bool, device=device) if prefix is None or prefix.seen is None else prefix.seen
+    seen = torch.cat((seen, real(lengths, T)), dim=1)  # [N, P + T]: the padding of prompts stays unseen
 
     flat = [(n, option) for n, choices in enumerate(options) for option in choices]
     row = torch.tensor([n for n, _ in flat], device=device)  # [M]
@@ -156,7 +192,6 @@ def score_options(
 
     longer = [m for m, (_, option) in enumerate(flat) if len(option) > 1]
     for start in range(0, len(longer), N):  # as many at a time as there are prompts: each brings its own past
-        # The tokens after the first: read the options behind their prompts, whose padding stays unseen.
         some = longer[start : start + N]
         rest = collate(None, some, [flat[m][1][:1] for m in some], [flat[m][1][1:] for m in some]).to(device)
         own, width = row[rest.row], rest.tokens.shape[1]
@@ -165,7 +200,7 @@ def score_options(
             past=[(k[own], v[own]) for k, v in present],
             offset=(before["offset"] + lengths)[own],
             adapter=adapter,
-            mask=step_mask(filled(present, lengths, T)[own], width),
+            mask=holes_mask(seen[own], width),
             select=rest.select,
         )
         gains = -F.cross_entropy(logits.float(), rest.targets, reduction="none")
@@ -174,184 +209,225 @@ def score_options(
     return [[next(found) / (len(option) if mean else 1) for option in choices] for choices in options]
 
 
-@dataclass
-class Questions:
-    """A task's evaluation rows, and the same as tokens."""
+@cache
+def rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and only needed here
 
-    examples: list[Example]
-    prompts: list[list[int]]  # without BOS
-    options: list[list[list[int]]]
-    targets: list[list[int]]  # indices: two options may read the same
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt with BOS and its longest option."""
-        return max(1 + len(p) + max(map(len, o)) for p, o in zip(self.prompts, self.options))
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def questions(task: Task, formatter: Formatter, limit: int | None) -> Questions:
-    if not len(task.evaluation):
-        raise InputError(f"{task.evaluation.folder}: the {task.evaluation.name} split is empty")
-    examples = [task.evaluation.scorable(i) for i in range(min(len(task.evaluation), limit or sys.maxsize))]
-    options = [[formatter.tokenizer.encode(option) for option in example.options] for example in examples]
-    room = [formatter.downstream - 1 - max(map(len, choices)) for choices in options]
-    prompts = [formatter.query(example, budget, bos=False) for example, budget in zip(examples, room)]
-    return Questions(examples, prompts, options, [[i for i, o in enumerate(e.options) if o == e.target] for e in examples])
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """ROUGE-L F1 in percent against the best reference, as Super-NaturalInstructions scores."""
+    return 100 * max(rouge_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references)
 
 
-def accuracy(system: System, asked: Questions, prefix: Gists | None, adapter: str | None, bos: bool) -> float:
-    """Share of questions, in percent, whose best-scored option is the target."""
-    prompts = [[system.tokenizer.bos] * bos + prompt for prompt in asked.prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
-    right, size = 0, system.args.eval_batch_size
-    for some in (order[start : start + size] for start in range(0, len(order), size)):
-        scores = score_options(
-            system.model,
-            [prompts[i] for i in some],
-            [asked.options[i] for i in some],
-            prefix,
-            adapter,
-            mean=system.args.score == "mean",
-        )
-        right += sum(row.index(max(row)) in asked.targets[i] for i, row in zip(some, scores))
-    return 100 * right / len(prompts)
-
-
-# --------------------------------------------------------------------- what is compared, and the table
+# --------------------------------------------------------------------- what is compared, and its score
 
 
 @dataclass
 class Condition:
     """One column of the table: what stands before a query, and the LoRA set that answers."""
 
-    prefix: Callable[[list[Example], list[Example], int], Gists] | None  # of (shots, other task's shots, room)
+    prefix: Callable[[list[Episode], list[Episode]], Gists] | None  # of episodes, another task's: a row for each
     adapter: str | None = None
+    instruct: bool = False  # whether the instruction stands in the query itself
     bos: bool = True  # where the examples' own BOS stands in front, a query has none
 
 
 def conditions(system: System, controls: bool) -> dict[str, Condition]:
     """The number itself ("main"), the untouched model as baseline, and the controls of a hypernetwork."""
-    formatter, adapter, gists = system.formatter, system.hyper.downstream, system.gist_ids
+    args, formatter, adapter, gists = system.args, system.formatter, system.hyper.downstream, system.gist_ids
+    instruct = args.instruction_downstream
 
-    def compressed(shots: list[Example]) -> Gists:
+    def compressed(episodes: list[Episode], _) -> Gists:
+        rows, lead = zip(*(formatter.context_row(episode, gists) for episode in episodes))
+        kept = torch.tensor(lead, device=system.device) if args.fuse_instruction else None
         with torch.no_grad():
-            return system.hyper.compress(torch.tensor([formatter.shots(shots, gists)], device=system.device))
+            return system.hyper.compress(ragged(rows, device=system.device), kept=kept)
 
     def in_context(adapter: str | None) -> Condition:
-        def read(shots: list[Example], other: list[Example], room: int) -> Gists:
-            return read_row(system, formatter.shots(shots, budget=room), adapter)
+        def read(episodes: list[Episode], _) -> Gists:
+            rows = [formatter.context_row(e, budget=args.context - longest(system, e))[0] for e in episodes]
+            return read_rows(system, rows, adapter)
 
         return Condition(read, adapter, bos=False)
 
+    def fewer(episodes: list[Episode], _) -> Gists:
+        """Whole examples in as many raw tokens as there are gists; at least one."""
+        apart = Formatter(formatter.tokenizer, formatter.context, formatter.downstream)  # what it leaves out isn't reported
+        bare = [replace(episode, instruction="") for episode in episodes]
+        ones = [len(apart.context_row(replace(e, shots=e.shots[:1]))[0]) for e in bare]
+        return read_rows(system, [apart.context_row(e, budget=max(n, len(gists)))[0] for e, n in zip(bare, ones)], None)
+
     untouched = in_context(None)
-
-    def fewer(shots: list[Example], *_) -> Gists:  # whole examples in as many raw tokens as gists; at least one
-        counted_apart = Formatter(formatter.tokenizer, formatter.context, formatter.downstream)
-        one = len(counted_apart.shots(shots[:1]))
-        return read_row(system, counted_apart.shots(shots, budget=max(one, len(gists))), None)
-
     main = {
-        "hyper": Condition(lambda shots, other, room: compressed(shots), adapter),
+        "hyper": Condition(compressed, adapter, instruct),
         "fewshot": in_context(adapter) if adapter else untouched,
-        "zeroshot": Condition(None, adapter),
-    }[system.args.method]
-    table = {"main": main, "zeroshot": Condition(None), "fewshot": untouched}
-    if controls and system.args.method == "hyper":
-        table["no_prefix"] = Condition(None, adapter)
-        table["other_task"] = Condition(lambda shots, other, room: compressed(other), adapter)
-        table["mean_pooled"] = Condition(lambda *given: mean_pooled(untouched.prefix(*given), len(gists)), adapter)
-        table["fewer_shots"] = Condition(fewer, None, bos=False)
+        "zeroshot": Condition(None, adapter, instruct=True),
+    }[args.method]
+    table = {"main": main, "zeroshot": Condition(None, instruct=True), "fewshot": untouched}
+    if controls and args.method == "hyper":
+        table["no_prefix"] = Condition(None, adapter, instruct)
+        table["other_task"] = Condition(lambda episodes, others: compressed(others, None), adapter, instruct)
+        table["mean_pooled"] = Condition(lambda e, _: mean_pooled(untouched.prefix(e, _), len(gists)), adapter, instruct)
+        table["fewer_shots"] = Condition(fewer, bos=False)
     return table
 
 
 @torch.no_grad()
-def read_row(system: System, row: list[int], adapter: str | None) -> Gists:
-    """The keys and values of every token of a row: few-shot prompting, as a prefix."""
-    tokens = torch.tensor([row], device=system.device)
+def read_rows(system: System, rows: list[list[int]], adapter: str | None) -> Gists:
+    """The keys and values of every token of some rows: few-shot prompting, as a prefix."""
+    tokens = ragged(rows, device=system.device)
+    lengths = torch.tensor([len(row) for row in rows], device=system.device)
     _, present = system.model(tokens, adapter=adapter, keys_values_only=True)
-    return Gists(present, torch.tensor([len(row)], device=system.device))
+    return Gists(present, lengths, real(lengths, tokens.shape[1]) if len(rows) > 1 else None)
 
 
 def mean_pooled(prefix: Gists, count: int) -> Gists:
-    """A control: keys and values averaged over `count` stretches of the examples. Nothing is learned."""
+    """A control: keys and values of all examples averaged over `count` stretches. Nothing is learned."""
+    lengths = prefix.offset.tolist()
+    count = min(count, *lengths)
 
     def pool(x: Tensor) -> Tensor:  # [B, K, T, hd] -> [B, K, count, hd]
-        return torch.stack([part.mean(2) for part in x.tensor_split(min(count, x.shape[2]), dim=2)], dim=2)
+        rows = [row[:, :length].tensor_split(count, dim=1) for row, length in zip(x, lengths)]
+        return torch.stack([torch.stack([part.mean(1) for part in parts], dim=1) for parts in rows])
 
     return Gists([(pool(k), pool(v)) for k, v in prefix.past], prefix.offset)
 
 
-def draw_shots(task: Task, asked: Questions, count: int, seed: int, draw: int) -> list[Example]:
-    """Examples from the training split, none of them a question. The order of tasks doesn't matter to them."""
-    rng = random.Random(f"{seed} {task.name} {draw}")
-    order = rng.sample(range(len(task.train)), len(task.train))
-    questions = {example.input for example in asked.examples}
-    shots = list(islice((e for e in map(task.train.__getitem__, order) if e.input not in questions), count))
-    if len(shots) < count:
-        raise InputError(f"{task.train.folder}: only {len(shots)} training rows are no questions; {count} --shots asked")
-    return shots
+def longest(system: System, episode: Episode) -> int:
+    """Tokens that the longest query of an episode needs behind examples in context, with its longest option."""
+    prompts, options = ask(system, episode, Condition(None, bos=False))
+    return max(len(p) + max((len(o) for o in choices), default=0) for p, choices in zip(prompts, options))
 
 
-def prepare(system: System, tasks: list[Task]) -> tuple[list[Task], list[Questions], list[list[list[Example]]]]:
-    """Tasks, their questions, and shots per draw and task. Done before training, a bad row is found in time."""
+def ask(system: System, episode: Episode, condition: Condition) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """An episode's queries as tokens: prompts, and the options of each (none where answers are generated)."""
+    formatter, options, prompts = system.formatter, [], []
+    for query in episode.queries:
+        options.append([formatter.target(episode, option) for option in query.options])
+        budget = formatter.downstream - max((len(option) for option in options[-1]), default=0)
+        prompts.append(formatter.query(episode, query, budget, condition.instruct, condition.bos))
+    return prompts, options
+
+
+@torch.no_grad()
+def score(system: System, episodes: list[Episode], others: list[Episode], condition: Condition) -> list[float]:
+    """A score in percent for each query: whether the best-scored option is right, or ROUGE-L."""
+    size, scores = system.args.eval_batch_size, []
+    for start in range(0, len(episodes), size):
+        some = episodes[start : start + size]
+        elsewhere = [others[i % len(others)] for i in range(start, start + len(some))]
+        prefix = condition.prefix and condition.prefix(some, elsewhere)
+        asked = [(e, query) for e, episode in enumerate(some) for query in episode.queries]
+        prompts, options = ([x for xs in part for x in xs] for part in zip(*(ask(system, e, condition) for e in some)))
+        found = [0.0] * len(asked)
+        order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
+        for at in (order[i : i + size] for i in range(0, len(order), size)):
+            gists = prefix and prefix[torch.tensor([asked[i][0] for i in at], device=system.device)]
+            queries, given = [asked[i][1] for i in at], [prompts[i] for i in at]
+            if queries[0].options:
+                mean = system.args.score == "mean"
+                rows = score_options(system.model, given, [options[i] for i in at], gists, condition.adapter, mean)
+                best = [query.options[row.index(max(row))] for query, row in zip(queries, rows)]
+                values = [100.0 * (answer == query.target) for answer, query in zip(best, queries)]
+            else:
+                before = {} if gists is None else {"past": gists.past, "offset": gists.offset, "seen": gists.seen}
+                rows = generate(system.model, given, MAX_NEW_TOKENS, system.tokenizer.eos, **before, adapter=condition.adapter)
+                values = [rouge_l(answer_text(system.tokenizer, row), q.references) for row, q in zip(rows, queries)]
+            for i, value in zip(at, values):
+                found[i] = value
+        scores += found
+    return scores
+
+
+def answer_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """A generated answer. An untouched model doesn't stop, but goes on with the next example: that is cut off."""
+    return tokenizer.decode(tokens).strip().split("\n\n")[0]
+
+
+def prepare(system: System, tasks: Sequence) -> tuple[Sequence, list[list[list[Episode]]]]:
+    """Tasks, and their episodes per draw and task. Done before training, a bad row is found in time."""
     args = system.args
-    asked = [questions(task, system.formatter, args.limit) for task in tasks]
-    draws = range(args.sets)
-    return tasks, asked, [[draw_shots(t, q, args.shots, args.seed, d) for t, q in zip(tasks, asked)] for d in draws]
+    episodes = [[task.evaluation(args.seed, n, args.shots, args.limit) for task in tasks] for n in range(args.sets)]
+    for episode in (episode for some in episodes[0] for episode in some):
+        longest(system, episode)  # a query that can't be asked is found now
+    system.formatter.counts.clear()
+    return tasks, episodes
 
 
-def evaluate(system: System, tasks: list[Task], asked: list[Questions], shots: list[list[list[Example]]]) -> dict:
+def evaluate(system: System, tasks: Sequence, episodes: list[list[list[Episode]]]) -> dict:
     """Score what `prepare` gave under every condition; returns what results.json holds, and prints the table."""
     args, began = system.args, time.time()
     table = conditions(system, args.controls)
-    if len({task.dataset for task in tasks}) == 1:
+    if len({task.group for task in tasks}) == 1:
         table.pop("other_task", None)  # there is no other
     scores: dict[str, list[list[float]]] = {}  # condition -> task -> draw
     with tqdm(total=len(table) * len(tasks), desc="evaluating", leave=False) as bar:
         for name, condition in table.items():
             twin = next((other for other in scores if table[other] == condition), None)
             scores[name] = scores[twin] if twin else [[] for _ in tasks]
-            for t, rows in enumerate(asked):
+            for t in range(len(tasks)):
                 bar.update()
-                if twin:
-                    continue
-                room = args.context - rows.longest  # in a context, the query has to find its place too
-                for draw in shots:
-                    if condition.prefix is None and scores[name][t]:  # no examples: each draw is the same
-                        scores[name][t] += scores[name][t][:1]
+                for n, draw in enumerate(episodes if not twin else []):
+                    if n and condition.prefix is None and draw[t][0].queries == episodes[0][t][0].queries:
+                        scores[name][t] += scores[name][t][:1]  # no examples: each draw is the same
                         continue
-                    prefix = condition.prefix and condition.prefix(draw[t], draw[other_task(tasks, t)], room)
-                    scores[name][t].append(accuracy(system, rows, prefix, condition.adapter, condition.bos))
-    averages = {name: average(tasks, found) for name, found in scores.items()}
-    print_table(tasks, scores, vars(args))
+                    found = score(system, draw[t], draw[other_task(tasks, t)], condition)
+                    scores[name][t].append(statistics.fmean(found))
+    if args.task == "sni":
+        scores |= copying(episodes[0])
+    sizes = [sum(len(episode.queries) for episode in some) for some in episodes[0]]
+    print_table(tasks, scores, sizes, args)
+    averages = {name: average(tasks, found, sizes, args.task) for name, found in scores.items()}
+    draws = [average(tasks, [[found[n]] for found in scores["main"]], sizes, args.task) for n in range(len(episodes))]
     return {
         "task": args.task,
         "method": args.method,
-        "metric": "accuracy",
+        "metric": METRICS[args.task],
         "tasks": {
-            task.name: {"mean": statistics.fmean(found), "std": spread(found), "n": len(rows.prompts)}
-            for task, found, rows in zip(tasks, scores["main"], asked)
+            task.name: {"mean": statistics.fmean(found), "std": spread(found), "n": size}
+            for task, found, size in zip(tasks, scores["main"], sizes)
         },
         "average": averages.pop("main"),
-        "baselines": {name: averages.pop(name) for name in ("zeroshot", "fewshot")},
+        "std": spread(draws),
+        "baselines": {name: averages.pop(name) for name in BASELINES if name in averages},
         "controls": averages,
         "seconds": round(time.time() - began, 1),
         "args": vars(args),
     }
 
 
-def other_task(tasks: list[Task], t: int) -> int:
-    """The next task of another dataset (itself, where there is none)."""
+METRICS = {"p3": "accuracy", "sni": "rougeL", "symbol": "accuracy", "hyperpretrain": "loss"}
+BASELINES = ("zeroshot", "fewshot", "copy_input", "copy_example")
+
+
+def copying(tasks: list[list[Episode]]) -> dict[str, list[list[float]]]:
+    """ROUGE-L of two answers that need no model: the input, and the output of the first example."""
+    found: dict[str, list[list[float]]] = {"copy_input": [], "copy_example": []}
+    for (episode,) in tasks:
+        example = episode.shots[0].target if episode.shots else ""
+        for name, answer in (("copy_input", None), ("copy_example", example)):
+            values = [rouge_l(query.input if answer is None else answer, query.references) for query in episode.queries]
+            found[name].append([statistics.fmean(values)])
+    return found
+
+
+def other_task(tasks: Sequence, t: int) -> int:
+    """The next task of another group (itself, where there is none)."""
     order = [*range(t + 1, len(tasks)), *range(t)]
-    return next((i for i in order if tasks[i].dataset != tasks[t].dataset), t)
+    return next((i for i in order if tasks[i].group != tasks[t].group), t)
 
 
-def average(tasks: list[Task], scores: list[list[float]]) -> float:
-    """Mean over the draws, then over a dataset's tasks (prompts), then over datasets."""
-    datasets: dict[str, list[float]] = {}
-    for task, found in zip(tasks, scores):
-        datasets.setdefault(task.dataset, []).append(statistics.fmean(found))
-    return statistics.fmean(map(statistics.fmean, datasets.values()))
+def average(tasks: Sequence, scores: list[list[float]], sizes: list[int], kind: str) -> float:
+    """Mean over draws; then over all instances (S-NI), or over a group's tasks and then over groups."""
+    means = [statistics.fmean(found) for found in scores]
+    if kind == "sni":
+        return sum(mean * size for mean, size in zip(means, sizes)) / sum(sizes)
+    groups: dict[str, list[float]] = {}
+    for task, mean in zip(tasks, means):
+        groups.setdefault(task.group, []).append(mean)
+    return statistics.fmean(map(statistics.fmean, groups.values()))
 
 
 def spread(draws: list[float]) -> float | None:
@@ -366,26 +442,79 @@ COLUMNS = {
     "other_task": "other task",
     "mean_pooled": "mean-pooled",
     "fewer_shots": "fewer shots",
+    "copy_input": "copy input",
+    "copy_example": "copy example",
 }
 
 
-def print_table(tasks: list[Task], scores: dict[str, list[list[float]]], args: dict) -> None:
-    """A row per dataset, a column per condition."""
-    lines = [["accuracy, %", *(COLUMNS[name].format(**args) for name in scores)]]
-    for dataset in dict.fromkeys(task.dataset for task in tasks):
-        at = [t for t, task in enumerate(tasks) if task.dataset == dataset]
-        line = [dataset if len(at) == 1 else f"{dataset} ({len(at)} prompts)"]
+def print_table(tasks: Sequence, scores: dict[str, list[list[float]]], sizes: list[int], args: argparse.Namespace) -> None:
+    """A row per group, a column per condition; ± over draws of examples."""
+    unit = {"accuracy": "accuracy, %", "rougeL": "ROUGE-L"}[METRICS[args.task]]
+    lines = [[unit, *(COLUMNS[name].format(**vars(args)) for name in scores)]]
+    for group in [*dict.fromkeys(task.group for task in tasks), None]:
+        at = [t for t, task in enumerate(tasks) if group in (task.group, None)]
+        some, counts = [tasks[t] for t in at], [sizes[t] for t in at]
+        line = ["average" if group is None else group if len(at) == 1 else f"{group} ({len(at)} tasks)"]
         for name, found in scores.items():
-            line.append(f"{average([tasks[t] for t in at], [found[t] for t in at]):.1f}")
-            if name == "main" and len(at) == 1 and spread(found[at[0]]) is not None:
-                line[-1] += f" ± {spread(found[at[0]]):.1f}"
+            line.append(f"{average(some, [found[t] for t in at], counts, args.task):.1f}")
+            draws = [average(some, [[found[t][n]] for t in at], counts, args.task) for n in range(len(found[0]))]
+            if name == "main" and spread(draws) is not None:
+                line[-1] += f" ± {spread(draws):.1f}"
         lines.append(line)
-    lines.append(["average", *(f"{average(tasks, found):.1f}" for found in scores.values())])
+    print_lines(lines)
+
+
+def print_lines(lines: list[list[str]]) -> None:
+    """A table: a rule under the first line, and above the last."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     for i, line in enumerate(lines):
         if i in (1, len(lines) - 1):
             print("-" * (sum(widths) + 2 * len(widths) - 2))
         print(line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])), sep="  ")
+
+
+# ---------------------------------------------------------------------- text, after hyperpretraining
+
+WINDOWS = 64  # stretches of text to evaluate on
+
+
+@torch.no_grad()
+def evaluate_text(system: System, batches: TextBatches) -> dict:
+    """Loss per token on C behind B (paper, Section 5): with the gists of A and D, without, with A and D in full.
+
+    Returns what results.json holds. "kept" is the share of the context's benefit that the gists keep,
+    in percent: (without - gists) / (without - in full).
+    """
+    args, began, G = system.args, time.time(), len(system.gist_ids)
+    losses: dict[str, list[float]] = {name: [] for name in ("gists", "none", "full", "other")}
+    for start in tqdm(range(0, WINDOWS, args.eval_batch_size), desc="evaluating", leave=False):
+        size = min(args.eval_batch_size, WINDOWS - start)
+        batch = batches(args.seed, range(start, start + size), test=True).to(system.device)
+        gists, width = system.hyper.compress(batch.examples), batch.tokens.shape[1]
+        full = read_rows(system, batch.examples[:, :-G].tolist(), system.hyper.hyper)
+        full.seen = None  # all rows have the same length
+        for name, prefix in {"gists": gists, "none": None, "full": full, "other": gists[torch.arange(size).roll(1)]}.items():
+            before = {} if prefix is None else prefix.before(width)
+            logits, _ = system.model(batch.tokens, **before, adapter=system.hyper.downstream)
+            on_c = logits[:, batches.inner :].float()  # BOS and B stand before it
+            targets = batch.targets.view(size, -1)[:, batches.inner :]
+            losses[name] += F.cross_entropy(on_c.transpose(1, 2), targets, reduction="none").mean(1).tolist()
+    means = {name: statistics.fmean(found) for name, found in losses.items()}
+    kept = 100 * (means["none"] - means["gists"]) / (means["none"] - means["full"])
+    head = ["loss per token of C", "gists of A D", "no prefix", "A D in full", "other text's gists", "share kept"]
+    print_lines([head, ["mean", *(f"{means[name]:.3f}" for name in losses), f"{kept:.0f} %"]])
+    return {
+        "task": args.task,
+        "method": args.method,
+        "metric": "loss",
+        "tasks": {"text": {"mean": means["gists"], "std": None, "n": WINDOWS}},
+        "average": means["gists"],
+        "baselines": {"zeroshot": means["none"], "fewshot": means["full"]},
+        "controls": {"no_prefix": means["none"], "other_task": means["other"]},
+        "kept": kept,
+        "seconds": round(time.time() - began, 1),
+        "args": vars(args),
+    }
 
 
 # ------------------------------------------------------------------------------------------- command
@@ -413,15 +542,19 @@ def positive(text: str) -> int:
 def add_options(parser: Parser) -> None:
     """What training and evaluation both need to know."""
     add = parser.add_argument
-    add("--task", choices=["p3"])
-    add("--model", default=str(TINY / "llama-c"), metavar="DIR", help="checkpoint: a Hugging Face or Meta folder")
-    add("--data", default=str(TINY / "P3"), metavar="DIR", help="the task's data")
+    add("--task", choices=list(METRICS), help="P3, Super-NaturalInstructions, symbol tuning, or compression hyperpretraining")
+    add("--model", metavar="DIR", help="checkpoint: a Hugging Face or Meta folder (default: a tiny one)")
+    add("--data", metavar="DIR", help="the task's data (default: the miniature's)")
     add("--method", choices=["hyper", "fewshot", "zeroshot"], default="hyper",
         help="HyperLlama; a language model with the examples in context; the same without examples")  # fmt: skip
     add("--gists", type=positive, default=16, help="gist tokens")
-    add("--shots", type=positive, default=16, help="examples of a task")
+    add("--shots", type=positive, help="examples: 16 of p3, the first 2 of sni, 4 per class of symbol (in training 2 to 10)")
     add("--context", type=positive, default=1024, help="most tokens of examples and gists")
     add("--query-length", type=positive, default=384, help="most tokens of a query with its target")
+    add("--instruction-downstream", action="store_true", help="sni: the definition also in the query (the paper's I)")
+    add("--fuse-instruction", action="store_true",
+        help="sni: the definition's own keys and values stay in the prefix beside the gists (HINT)")  # fmt: skip
+    add("--words", metavar="FILE", help="symbol: words to use as labels (default: the tokenizer's whole words)")
     add("--quantize", action="store_true", help="hold the base in NF4")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
     add("--device", help="default: cuda where there is one, else cpu")
@@ -429,7 +562,7 @@ def add_options(parser: Parser) -> None:
     # How to evaluate: these may differ between a run and its later evaluation (EVALUATION).
     add("--controls", action=argparse.BooleanOptionalAction, default=False,
         help="also without a prefix, with another task's, with mean-pooled keys and values, with fewer shots")  # fmt: skip
-    add("--sets", type=positive, default=1, help="draws of examples, for mean and standard deviation")
+    add("--sets", type=positive, help="draws of examples, for mean and standard deviation")
     add("--limit", type=positive, help="rows of a held-out task to score (default: all)")
     add("--score", choices=["sum", "mean"], default="sum", help="of an option's token log-probabilities")
     add("--eval-batch-size", type=positive, default=16, help="queries scored at a time")
@@ -465,6 +598,30 @@ def write_json(path: Path, value: dict) -> None:
         raise InputError(f"{path}: can't be written ({problem.strerror})") from None
 
 
+DATA = {"p3": "P3", "sni": "natural-instructions", "symbol": "symbol", "hyperpretrain": "text"}
+SHOTS = {"p3": 16, "sni": 2, "symbol": 4, "hyperpretrain": 0}
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fill in what depends on the task, and refuse what doesn't go together."""
+    defaults = {
+        "model": str(TINY / ("llama" if args.task == "hyperpretrain" else "llama-c")),
+        "data": str(TINY / DATA[args.task]),
+        "shots": SHOTS[args.task],
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.task != "sni" and (args.instruction_downstream or args.fuse_instruction):
+        raise InputError("--instruction-downstream and --fuse-instruction belong to --task sni")
+    if args.method != "hyper" and (args.instruction_downstream or args.fuse_instruction):
+        raise InputError("--instruction-downstream and --fuse-instruction belong to --method hyper")
+    if args.words and args.task != "symbol":
+        raise InputError("--words belongs to --task symbol")
+    if args.task == "hyperpretrain" and (args.method != "hyper" or args.quantize):
+        raise InputError("--task hyperpretrain trains all parameters of a hypernetwork: no --quantize, no other --method")
+
+
 def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path]:
     """What to evaluate, and the folder for the result: a run's own, with its arguments, or a new one."""
     parser = Parser(__doc__)
@@ -476,22 +633,31 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path]:
     run = given.pop("run", None)
     if run is None:
         args = argparse.Namespace(**plain | given)
-        if args.task is None or args.method == "hyper":
+        if args.task in (None, "hyperpretrain") or args.method == "hyper":
             raise InputError("name a RUN, or a plain Llama: --model DIR --task p3 --method fewshot (or zeroshot)")
+        complete(args)
+        args.sets = args.sets or (10 if args.task == "symbol" else 1)
         return args, Path("runs") / f"eval-{args.task}-{args.method}"
     for name in given.keys() - {*EVALUATION, *MOVABLE}:
         raise InputError(f"--{name.replace('_', '-')}: {run} was trained with its own, which can't be changed")
-    return argparse.Namespace(**read_args(Path(run)) | given), Path(run)
+    args = argparse.Namespace(**read_args(Path(run)) | given)
+    if args.task == "hyperpretrain" and "model" not in given:
+        args.model = run  # what was trained is a whole model
+    return args, Path(run)
 
 
 def main() -> None:
     args, folder = settings()
-    tasks = p3_tasks(args.data, "test")
     is_run = (folder / "args.json").exists()
-    system = build(args, trained=is_run)
-    if is_run:
-        load_trained(system, folder)
-    results = evaluate(system, *prepare(system, tasks))
+    if args.task == "hyperpretrain":
+        system = build(args, trained=False)
+        results = evaluate_text(system, TextBatches(args.data, system.formatter, system.gist_ids))
+    else:
+        system = build(args, trained=is_run)
+        tasks = load_tasks(args, system.tokenizer, "test")
+        if is_run:
+            load_trained(system, folder)
+        results = evaluate(system, *prepare(system, tasks))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
     if system.formatter.report():

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llama import Llama, Past, Tokenizer, load
+from llama import Llama, Past, Tokenizer, holes_mask, load
 from lora import add_lora
 
 
@@ -45,6 +45,7 @@ class Gists:
 
     past    per layer (key, value), each [B, K, G, hd]: 2·L·K·G·hd numbers a row, 8 MiB for Llama-2-7B in bf16
     offset  [B], the position after the last gist (paper, Appendix B)
+    seen    [B, P] bool, which of the past is real, where rows keep unequal numbers of tokens; else None
 
     Keys keep the rotation of the place where they were made, so the tokens that follow must count on
     from `offset`. Rotary attention sees differences only: were they to start at 0 instead, every
@@ -53,10 +54,16 @@ class Gists:
 
     past: Past
     offset: Tensor
+    seen: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "Gists":
         """Choose rows, with repetition: several queries can follow the same gists."""
-        return Gists([(k[rows], v[rows]) for k, v in self.past], self.offset[rows])
+        seen = None if self.seen is None else self.seen[rows]
+        return Gists([(k[rows], v[rows]) for k, v in self.past], self.offset[rows], seen)
+
+    def before(self, T: int) -> dict:
+        """What `Llama.forward` must know to read T tokens behind this prefix."""
+        return {"past": self.past, "offset": self.offset, "mask": None if self.seen is None else holes_mask(self.seen, T)}
 
 
 class HyperLlama(nn.Module):
@@ -81,21 +88,28 @@ class HyperLlama(nn.Module):
         gists = self.gists[(tokens - V).clamp(min=0)].to(words.dtype)
         return torch.where((tokens >= V)[..., None], gists, words)
 
-    def compress(self, tokens: Tensor, start: Tensor | None = None) -> Gists:
-        """First pass. tokens [B, T]: each row BOS, examples, G gists, padding. start [B]: see `offset`.
+    def compress(self, tokens: Tensor, start: Tensor | None = None, kept: Tensor | None = None) -> Gists:
+        """First pass. tokens [B, T]: each row BOS, examples, G gists, padding. start [B]: position of BOS.
+
+        kept [B]: so many tokens at the beginning of each row stay in the prefix, beside the gists
+        (instruction fusion, Ivison et al. 2023).
 
         Plain causal attention: gists never see the padding behind them.
         """
-        G = len(self.gists)
+        G, B = len(self.gists), len(tokens)
         start = torch.zeros_like(tokens[:, 0]) if start is None else start
         first = (tokens >= self.model.config.vocab).int().argmax(1)  # [B] where the gists begin
         _, present = self.model(self.embed(tokens), offset=start, adapter=self.hyper, keys_values_only=True)
-        at = (first[:, None] + torch.arange(G, device=tokens.device))[:, None, :, None]  # [B, 1, G, 1]
+        at, seen = first[:, None] + torch.arange(G, device=tokens.device), None  # [B, G]
+        if kept is not None:
+            lead = torch.arange(int(kept.max()), device=tokens.device).expand(B, -1)
+            seen = torch.cat((lead < kept[:, None], torch.ones_like(at, dtype=torch.bool)), dim=1)
+            at = torch.cat((lead, at), dim=1)
 
-        def cut(x: Tensor) -> Tensor:  # [B, K, T, hd] -> [B, K, G, hd]
-            return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
+        def cut(x: Tensor) -> Tensor:  # [B, K, T, hd] -> [B, K, P, hd]
+            return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
-        return Gists([(cut(k), cut(v)) for k, v in present], start + first + G)
+        return Gists([(cut(k), cut(v)) for k, v in present], start + first + G, seen)
 
     def forward(self, batch) -> Tensor:
         """Both passes. A data.Batch -> logits at its targets, [N, V].
@@ -104,8 +118,8 @@ class HyperLlama(nn.Module):
         """
         prefix = {}
         if batch.examples is not None:
-            gists = self.compress(batch.examples)[batch.row]
-            prefix = {"past": gists.past, "offset": gists.offset}
+            gists = self.compress(batch.examples, kept=batch.kept)[batch.row]
+            prefix = gists.before(batch.tokens.shape[1])
         return self.model(batch.tokens, **prefix, adapter=self.downstream, select=batch.select)[0]
 
     def joint(self, tokens: Tensor) -> Tensor:

@@ -251,8 +251,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config, linear)
 
-    def forward(self, x, angles, past, mask, adapter) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y, present = self.self_attn(self.input_layernorm(x), angles, past, mask, adapter)
+    def forward(self, x, angles, past, mask, adapter, keys_values_only) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        h = self.input_layernorm(x)
+        if keys_values_only:
+            return None, self.self_attn.keys_values(h, angles, past, adapter)
+        y, present = self.self_attn(h, angles, past, mask, adapter)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x), adapter), present
 
@@ -303,13 +306,11 @@ class Llama(nn.Module):
 
         present = []
         for i, layer in enumerate(self.layers):
-            layer_past = None if past is None else past[i]
-            if keys_values_only and i == len(self.layers) - 1:
-                h = layer.input_layernorm(x)
-                present.append(layer.self_attn.keys_values(h, angles, layer_past, gates))
-                return None, present
-            x, keys_values = layer(x, angles, layer_past, mask, gates)
+            stop = keys_values_only and i == len(self.layers) - 1
+            x, keys_values = layer(x, angles, None if past is None else past[i], mask, gates, stop)
             present.append(keys_values)
+        if keys_values_only:
+            return None, present
         x = x if select is None else x.flatten(0, 1)[select]
         return self.lm_head(self.norm(x)), present
 
@@ -366,9 +367,9 @@ def _read_hf(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise InputError(f"{index}: names a file outside its folder")
     else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        names = sorted(path.name for path in folder.glob("model*.safetensors"))
     if not names:
-        raise InputError(f"{folder}: no .safetensors files")
+        raise InputError(f"{folder}: no model*.safetensors files")
     for name in names:
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():
@@ -451,6 +452,11 @@ class Tokenizer:
         """
         return self.model.encode("\n" + text)[len(self._newline) :]
 
+    def words(self) -> list[str]:
+        """The pieces that are whole English words: "▁" and three or more letters."""
+        pieces = (self.model.id_to_piece(i)[1:] for i in range(self.size) if self.model.id_to_piece(i)[0] == "▁")
+        return [piece for piece in pieces if len(piece) > 2 and piece.isascii() and piece.isalpha()]
+
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(self._newline + ids)[1:]
 
@@ -461,17 +467,16 @@ def ragged(rows: Sequence[Sequence[int]], fill: int = 0, device: torch.device | 
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
 
 
-def filled(past: Past, lengths: Tensor, width: int) -> Tensor:
-    """Where a past holds real tokens, if its last `width` are right-padded rows of these lengths: [B, P] bool."""
-    row = torch.arange(width, device=lengths.device) < lengths[:, None]  # [B, width]
-    return torch.cat((row.new_ones(len(lengths), past[0][0].shape[2] - width), row), dim=1)
+def real(lengths: Tensor, width: int) -> Tensor:
+    """Which places of right-padded rows hold tokens. lengths [B] -> [B, width] bool"""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def step_mask(past_filled: Tensor, steps: int) -> Tensor:
-    """The mask for T = `steps` new tokens behind a past with holes: [B, P] bool -> [B, T, P + T]."""
-    B, P = past_filled.shape
-    causal = torch.ones(steps, steps, dtype=torch.bool, device=past_filled.device).tril()
-    return torch.cat((past_filled[:, None].expand(B, steps, P), causal.expand(B, steps, steps)), dim=2)
+def holes_mask(seen: Tensor, T: int) -> Tensor:
+    """The mask for T new tokens behind a past of which only a part may be seen. seen [B, P] bool -> [B, T, P + T]"""
+    B, P = seen.shape
+    causal = torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
+    return torch.cat((seen[:, None].expand(B, T, P), causal.expand(B, T, T)), dim=2)
 
 
 @torch.no_grad()
@@ -482,23 +487,28 @@ def generate(
     eos: int,
     past: Past | None = None,
     offset: Tensor | None = None,
+    seen: Tensor | None = None,
     adapter: Adapter = None,
 ) -> list[list[int]]:
     """Greedy continuation of prompts of unequal length, each as if it were alone (EOS not returned).
 
-    past [B, K, P, hd] per layer and offset [B] as in `Llama.forward`.
+    past [B, K, P, hd] per layer and offset [B] as in `Llama.forward`; seen [B, P] bool: which of the
+    past is real, where that differs from row to row.
     """
     device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
     tokens = ragged(prompts, device=device)  # [B, T]
     B, T = tokens.shape
     offset = torch.zeros_like(lengths) if offset is None and past is None else offset
+    mask = None if seen is None else holes_mask(seen, T)
     last = torch.arange(B, device=device) * T + lengths - 1  # each row's last real token
-    logits, present = model(tokens, past=past, offset=offset, adapter=adapter, select=last)
+    logits, present = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=last)
 
     # Behind a short prompt stands padding, in `present` too. It must stay unseen: here, and only
     # where a past has such holes, an explicit mask is needed.
-    seen = filled(present, lengths, T)  # [B, P + T]
+    P = present[0][0].shape[2] - T
+    seen = torch.ones(B, P, dtype=torch.bool, device=device) if seen is None else seen
+    seen = torch.cat((seen, real(lengths, T)), dim=1)  # [B, P + T]
     new, position = [], offset + lengths
     running = torch.ones(B, dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
@@ -507,7 +517,7 @@ def generate(
         running &= token != eos
         if not running.any() or len(new) == max_new_tokens:
             break
-        step = {"past": present, "offset": position, "mask": step_mask(seen, 1), "adapter": adapter}
+        step = {"past": present, "offset": position, "mask": holes_mask(seen, 1), "adapter": adapter}
         logits, present = model(token[:, None], **step)
         logits = logits[:, 0]
         seen = torch.cat((seen, seen.new_ones(B, 1)), dim=1)

@@ -5,23 +5,45 @@
 
 A run lives in one folder: args.json, log.jsonl, state.safetensors (to resume), adapters.safetensors
 (what was trained: LoRA sets and gist embeddings), results.json. All but the log are replaced atomically.
+Compression hyperpretraining trains the whole model: its run folder can be used as --model.
+With several processes (torchrun), LoRA runs are data-parallel, and hyperpretraining is sharded by FSDP2.
 """
 
 import argparse
 import json
 import math
+import os
 import shutil
 import signal
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data import P3Batches, p3_tasks
-from eval import Parser, System, add_options, build, evaluate, positive, prepare, read_args, run_command, write_json
-from llama import InputError, read_config
+from data import TaskBatches, TextBatches
+from eval import (
+    Parser,
+    System,
+    add_options,
+    build,
+    complete,
+    evaluate,
+    evaluate_text,
+    load_tasks,
+    positive,
+    prepare,
+    read_args,
+    run_command,
+    write_json,
+)
+from llama import Config, InputError, read_config
 from lora import assign, load_tensors, save_tensors
 
 # The paper's table of hyperparameters isn't public. These are our choice: for large models, and for
@@ -29,6 +51,13 @@ from lora import assign, load_tensors, save_tensors
 DEFAULTS = {
     "large": {"steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
     "tiny": {"steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
+}
+DEFAULTS_OF_TASK = {
+    ("large", "hyperpretrain"): {"steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5},
+    ("tiny", "hyperpretrain"): {"batch_size": 24, "lr": 3e-3, "gist_lr": 3e-3, "context": 145, "query_length": 65},
+    ("large", "symbol"): {"sets": 10},
+    ("tiny", "symbol"): {"sets": 10},
+    ("tiny", "sni"): {"sets": 1},
 }
 TINY_WIDTH = 512  # models narrower than this get the miniature's defaults
 BETAS, WARM_UP, MAX_NORM = (0.9, 0.99), 0.1, 1.0  # Adam; share of the steps; of the gradient
@@ -44,40 +73,93 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     add("--rank", type=positive, default=8, help="LoRA rank")
     add("--alpha", type=float, default=16, help="LoRA scale")
     add("--steps", type=positive, help="optimizer steps")
-    add("--batch-size", type=positive, help="rows of examples in a batch; gists serve 4 queries a row")
+    add("--batch-size", type=positive, help="rows of examples in a batch, over all processes; gists serve 4 queries a row")
     add("--accumulate", type=positive, default=1, help="batches in a step")
-    add("--lr", type=float, help="highest learning rate of the LoRA sets")
+    add("--lr", type=float, help="highest learning rate of the LoRA sets (hyperpretrain: of the model)")
     add("--gist-lr", type=float, help="highest learning rate of the gist embeddings")
     add("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
     add("--out", metavar="DIR", help="run folder (default: runs/<task>-<method>…)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--overwrite", action="store_true", help="throw away what --out holds")
-    parser.set_defaults(controls=True, sets=None)
+    parser.set_defaults(controls=True, context=None, query_length=None)
     args = parser.parse_args(argv)
     if args.task is None:
         parser.error("--task is required")
 
+    complete(args)
     size = "tiny" if read_config(Path(args.model)).width < TINY_WIDTH else "large"
-    for name, value in DEFAULTS[size].items():
+    defaults = DEFAULTS[size] | {"context": 1024, "query_length": 384} | DEFAULTS_OF_TASK.get((size, args.task), {})
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.method != "hyper" and args.downstream != "frozen":
-        raise InputError(f"--downstream {args.downstream} belongs to --method hyper, not to {args.method}")
+    if args.downstream != "frozen" and (args.method != "hyper" or args.task == "hyperpretrain"):
+        raise InputError(f"--downstream {args.downstream} belongs to a hypernetwork with LoRA sets, not to this run")
     for name in ("lr", "gist_lr"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     out, resume, overwrite = (vars(args).pop(name) for name in ("out", "resume", "overwrite"))
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    variant = f"-{args.downstream}" if args.method == "hyper" else ""
-    default = f"runs/{args.task}-{args.method}{variant}{'-nf4' * args.quantize}-seed{args.seed}"
-    return args, Path(out or default), resume, overwrite
+    return args, Path(out or default_folder(args)), resume, overwrite
+
+
+def default_folder(args: argparse.Namespace) -> str:
+    name = args.task if args.task == "hyperpretrain" else f"{args.task}-{args.method}"
+    name += f"-{args.downstream}" * (args.task != "hyperpretrain" and args.method == "hyper")
+    name += "-instruction" * args.instruction_downstream + "-fused" * args.fuse_instruction + "-nf4" * args.quantize
+    return f"runs/{name}-seed{args.seed}"
 
 
 def schedule(step: int, steps: int) -> float:
     """Linear warm-up over the first tenth of the steps, then linear to zero. Share of --lr in step 0, 1, …"""
     warm_up = max(1, round(WARM_UP * steps))
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+
+
+# ---------------------------------------------------------------------------------- several processes
+
+
+def start_processes() -> tuple[int, int]:
+    """This process's rank, and how many there are: torchrun says so in the environment."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def add_up(numbers: list[float], device: torch.device) -> list[float]:
+    """The sum over all processes."""
+    if not dist.is_initialized():
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def shard(system: System) -> None:
+    """FSDP2: each process holds a share of every parameter; a layer is put together while it is needed."""
+    kind = system.device.type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if kind == "cuda" else MixedPrecisionPolicy()
+    for layer in system.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(system.hyper, mesh=mesh, mp_policy=policy)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from its shards; all processes have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, divided and placed as the parameter is."""
+    tensor = tensor.to(parameter.device, parameter.dtype)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else tensor
+
+
+# ------------------------------------------------------------------------------------------- one step
 
 
 def make_optimizer(system: System) -> torch.optim.Optimizer:
@@ -93,17 +175,24 @@ def make_optimizer(system: System) -> torch.optim.Optimizer:
 def train_step(system: System, optimizer: torch.optim.Optimizer, batches: list) -> tuple[float, float]:
     """One optimizer step; returns loss per target token and the gradient's norm.
 
-    The loss is the sum over target tokens divided by their number in the whole step: a mean over
-    batches would give tokens of short batches more weight.
+    The loss is the sum over target tokens divided by their number in the whole step, over all its
+    batches and processes: a mean of means would give tokens of short batches more weight.
     """
-    count = sum(len(batch.targets) for batch in batches)
+    (count,) = add_up([sum(len(batch.targets) for batch in batches)], system.device)
     loss = torch.zeros((), device=system.device)
+    parameters = list(system.trainable().values())
+    sharded = isinstance(parameters[0], DTensor)
     for batch in batches:
         batch = batch.to(system.device)
         part = F.cross_entropy(system.hyper(batch).float(), batch.targets, reduction="sum") / count
-        part.backward()
+        # FSDP takes the mean of the processes' gradients; here, too, it is to be their sum.
+        (part * dist.get_world_size() if sharded else part).backward()
         loss += part.detach()
-    norm = torch.nn.utils.clip_grad_norm_(system.trainable().values(), MAX_NORM)
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        for parameter in parameters if not sharded else []:
+            dist.all_reduce(parameter.grad)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM))
     if not (loss.isfinite() and norm.isfinite()):
         optimizer.zero_grad()
         return math.nan, math.nan
@@ -136,83 +225,154 @@ def open_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bo
     write_json(out / "args.json", vars(args))
 
 
-def save_state(out: Path, system: System, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """All that the next step needs besides `args`: parameters, Adam's moments, and the step itself."""
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+
+
+def save_state(out: Path, system: System, optimizer: torch.optim.Optimizer, step: int, rank: int) -> None:
+    """All that the next step needs besides `args`: parameters, Adam's moments, and the step itself.
+
+    Whole tensors, whatever the number of processes: another number can go on.
+    """
     tensors = {}
     for name, parameter in system.trainable().items():
-        tensors[name] = parameter
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    save_tensors(out / "state.safetensors", tensors, {"step": str(step)})
+        parts = {name: parameter} | {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
+        for key, part in parts.items():
+            part = whole(part.detach())
+            if rank == 0:
+                tensors[key] = part.cpu()
+    if rank == 0:
+        save_tensors(out / "state.safetensors", tensors, {"step": str(step)})
 
 
 def load_state(out: Path, system: System, optimizer: torch.optim.Optimizer) -> int:
-    """The step to go on with; 0 where nothing was saved yet. Cuts the log back to that step."""
+    """The step to go on with; 0 where nothing was saved yet."""
     path = out / "state.safetensors"
     if not path.exists():
-        (out / "log.jsonl").unlink(missing_ok=True)
         return 0
     tensors, about = load_tensors(path)
     parameters = system.trainable()
-    assign(parameters, {name: tensors[name] for name in tensors if not name.startswith("exp_avg")}, path)
+    found = {name: like(tensors[name], parameters[name]) for name in parameters.keys() & tensors.keys()}
+    assign(parameters, found, path)
     step = int(about["step"])
     for name, parameter in parameters.items():
-        moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
+        moments = {moment: like(tensors[f"{moment}.{name}"], parameter) for moment in MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)[:step]
-    (out / "log.jsonl").write_text("".join(lines))
     return step
+
+
+def save_trained(out: Path, system: System, rank: int) -> None:
+    """What was trained: LoRA sets and gists; or the whole model as a Hugging Face folder, in bfloat16, and its gists."""
+    about = {"model": system.args.model, "method": system.args.method}
+    tensors = {name: whole(parameter.detach()) for name, parameter in system.trainable().items()}
+    if rank:
+        return
+    if system.args.task != "hyperpretrain":
+        save_tensors(out / "adapters.safetensors", tensors, about)
+        return
+    save_tensors(out / "gists.safetensors", {"gists": tensors.pop("gists")}, about)
+    save_checkpoint(out, system.model.config, {name.removeprefix("model."): t for name, t in tensors.items()})
+    for folder in (Path(system.args.model), Path(system.args.model).absolute().parent):
+        if (folder / "tokenizer.model").exists():
+            shutil.copyfile(folder / "tokenizer.model", out / "tokenizer.model")
+            return
+
+
+def save_checkpoint(folder: Path, c: Config, tensors: dict[str, Tensor]) -> None:
+    """A Hugging Face folder, in bfloat16."""
+    named = {("" if name.startswith("lm_head") else "model.") + name: t.bfloat16() for name, t in tensors.items()}
+    save_tensors(folder / "model.safetensors", named, {"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": c.vocab,
+        "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads, "head_dim": c.head_size, "intermediate_size": c.hidden,
+        "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "max_position_embeddings": c.max_positions,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    write_json(folder / "config.json", config)
 
 
 # ------------------------------------------------------------------------------------------- the loop
 
 
-def train(system: System, batches: P3Batches, out: Path, resume: bool) -> None:
-    """All steps from where the run stands. Ctrl-C ends it after a whole step, saved."""
-    args = system.args
+def train(system: System, batches: TaskBatches | TextBatches, out: Path, resume: bool, rank: int, world: int) -> None:
+    """All steps from where the run stands. Ctrl-C ends it after a whole step, saved.
+
+    Step n reads the rows with numbers n·S … n·S + S - 1, S = accumulate · batch size; each process
+    takes every world-th of them. So the number of processes changes no loss.
+    """
+    args, device = system.args, system.device
     optimizer = make_optimizer(system)
     first = load_state(out, system, optimizer) if resume else 0
+    log_path = out / "log.jsonl"
+    if rank == 0 and log_path.exists():  # a killed run may have logged steps that it didn't save
+        lines = log_path.read_text().splitlines(keepends=True)[:first]
+        log_path.write_text("".join(lines))
     interrupted = []
     default = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    bar = tqdm(total=args.steps, initial=first, desc="training")
-    with bar, open(out / "log.jsonl", "a") as log:
+    bar = tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0)
+    with bar, open(log_path if rank == 0 else os.devnull, "a") as log:
         for step in range(first, args.steps):
             began = time.time()
             share = schedule(step, args.steps)
             for group in optimizer.param_groups:
                 group["lr"] = share * group["highest_lr"]
-            some = [batches(args.seed, step * args.accumulate + i) for i in range(args.accumulate)]
+            starts = [(step * args.accumulate + i) * args.batch_size for i in range(args.accumulate)]
+            some = [batches(args.seed, range(at + rank, at + args.batch_size, world)) for at in starts]
             loss, norm = train_step(system, optimizer, some)
             if math.isnan(loss):
                 raise InputError(f"{out}: loss or gradient of step {step + 1} is not finite; the last good "
                                  f"checkpoint is kept; another run with a smaller --lr may help")  # fmt: skip
+            read, stop = add_up([sum(batch.read for batch in some), len(interrupted)], device)
             seconds = time.time() - began
-            speed = sum(batch.read for batch in some) / seconds
             line = {"step": step + 1, "loss": loss, "norm": norm, "lr": share * args.lr}
-            line |= {"tokens_per_second": round(speed), "seconds": round(seconds, 4)}
+            line |= {"tokens_per_second": round(read / seconds), "seconds": round(seconds, 4)}
             log.write(json.dumps(line) + "\n")
             log.flush()
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}, {read / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or interrupted:
-                save_state(out, system, optimizer, step + 1)
-            if interrupted:
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
+                save_state(out, system, optimizer, step + 1, rank)
+            if stop:
                 raise KeyboardInterrupt
     signal.signal(signal.SIGINT, default)
 
 
 def main() -> None:
     args, out, resume, overwrite = parse()
-    train_tasks, heldout_tasks = p3_tasks(args.data, "train"), p3_tasks(args.data, "test")
+    rank, world = start_processes()
+    if args.batch_size < world:
+        raise InputError(f"--batch-size {args.batch_size}: {world} processes need a row each")
     system = build(args)
-    batches = P3Batches(train_tasks, system.formatter, args.method, system.gist_ids, args.shots, args.batch_size)
-    heldout = prepare(system, heldout_tasks)
-    open_folder(out, args, resume, overwrite)
-    count = sum(p.numel() for p in system.trainable().values())
-    print(f"{out}: {len(train_tasks)} training tasks, {len(heldout_tasks)} held out, {count:,} trained parameters")
-    train(system, batches, out, resume)
-    save_tensors(out / "adapters.safetensors", system.trainable(), {"model": args.model, "method": args.method})
-    write_json(out / "results.json", evaluate(system, *heldout))
+    if args.task == "hyperpretrain":
+        batches = TextBatches(args.data, system.formatter, system.gist_ids)
+        about = f"{len(batches.paths)} files of text"
+    else:
+        tasks, held_out = (load_tasks(args, system.tokenizer, split) for split in ("train", "test"))
+        instruct, fuse = args.instruction_downstream, args.fuse_instruction
+        batches = TaskBatches(tasks, system.formatter, args.method, system.gist_ids, args.shots, instruct, fuse)
+        prepared = prepare(system, held_out)
+        about = f"{len(tasks)} training tasks, {len(held_out)} held out"
+    if rank == 0:
+        open_folder(out, args, resume, overwrite)
+        count = sum(p.numel() for p in system.trainable().values())
+        print(f"{out}: {about}, {count:,} trained parameters")
+    if world > 1:
+        dist.barrier()
+        if args.task == "hyperpretrain":
+            shard(system)
+    train(system, batches, out, resume, rank, world)
+    save_trained(out, system, rank)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank:
+        return
+    if args.task == "hyperpretrain":  # what others will load: whole, and rounded
+        system = build(argparse.Namespace(**vars(args) | {"model": str(out)}), trained=False)
+        results = evaluate_text(system, batches)
+        results["args"] = vars(args)
+    else:
+        results = evaluate(system, *prepared)
+    write_json(out / "results.json", results)
     if system.formatter.report():
         print(system.formatter.report())
 

@@ -1,4 +1,4 @@
-"""P3 on disk, drawing and packing examples, batches."""
+"""Tasks on disk, drawing and packing examples, batches."""
 
 import struct
 
@@ -7,7 +7,25 @@ import torch
 from conftest import REAL_DATA, ROOT, needs_real_data
 from make import write_jsonl, write_tfrecord
 
-from data import Example, Formatter, JsonLines, P3Batches, Split, Task, TFRecords, collate, masked_crc32c, p3_tasks
+from data import (
+    P3_LAYOUT,
+    Episode,
+    Example,
+    Formatter,
+    JsonLines,
+    P3Task,
+    Split,
+    TaskBatches,
+    TextBatches,
+    TFRecords,
+    collate,
+    draw_symbols,
+    in_test_pool,
+    masked_crc32c,
+    p3_tasks,
+    sni_tasks,
+    symbol_tasks,
+)
 from llama import InputError, Tokenizer
 
 ROWS = [
@@ -66,9 +84,9 @@ def test_real_tfrecords_hold_other_examples_than_their_jsonl(name, split):
 @needs_real_data
 def test_the_real_p3_folder_has_other_held_out_tasks_than_the_paper():
     tasks = p3_tasks(REAL_DATA / "P3", "test")
-    assert [task.dataset for task in tasks] == ["hellaswag", "super_glue_copa", "super_glue_wsc.fixed", "winogrande"]
+    assert [task.group for task in tasks] == ["hellaswag", "super_glue_copa", "super_glue_wsc.fixed", "winogrande"]
     for task in tasks:
-        assert len(task.train) >= 100 and task.evaluation.scorable(len(task.evaluation) - 1)
+        assert len(task.train) >= 100 and task.validation.scorable(len(task.validation) - 1)
     with pytest.raises(InputError, match="no training tasks"):
         p3_tasks(REAL_DATA / "P3", "train")
 
@@ -150,7 +168,7 @@ def test_a_listed_task_escapes_or_is_missing(tmp_path):
     (tmp_path / "splits" / "test_tasks.txt").write_text("")
     for name in ("nothing", "../outside"):
         (tmp_path / "splits" / "train_tasks.txt").write_text(name + "\n")
-        with pytest.raises(InputError, match="has no folder"):
+        with pytest.raises(InputError, match="has no folder|not in its folder"):
             p3_tasks(tmp_path, "train")
 
 
@@ -188,9 +206,9 @@ def examples(*lengths):
 
 def test_an_example_is_cut_when_the_budget_is_full(tokenizer):
     formatter = Formatter(tokenizer, context=60, downstream=30)
-    row = formatter.shots(examples(3, 50, 2, 40), end=[-1, -2])
+    row, lead = formatter.context_row(Episode([], examples(3, 50, 2, 40), P3_LAYOUT), end=[-1, -2])
     text = tokenizer.decode(row[1:-2])
-    assert row[0] == tokenizer.bos and row[-2:] == [-1, -2] and len(row) <= 60
+    assert lead == 1 and row[0] == tokenizer.bos and row[-2:] == [-1, -2] and len(row) <= 60
     assert text == "\nInput:\ndog dog dog \nOutput:\nlabel0\nInput:\ndog dog \nOutput:\nlabel2"
     assert formatter.report() == "2 of 4 examples left out, because the context was full"
 
@@ -198,32 +216,43 @@ def test_an_example_is_cut_when_the_budget_is_full(tokenizer):
 def test_a_long_query_loses_its_end(tokenizer):
     formatter = Formatter(tokenizer, context=60, downstream=30)
     long = Example("cat " + "dog " * 100 + "fox", "yes")
-    prompt, target = formatter.query_and_target(long)
+    prompt = formatter.query(Episode([long], [], P3_LAYOUT), long, 28, instruct=False)
     text = tokenizer.decode(prompt[1:])
     assert text.startswith("\nInput:\n") and text.endswith("fox\nOutput:\n") and "cat" not in text
-    assert len(prompt) + len(target) == 30 and target[-1] == tokenizer.eos
+    assert len(prompt) == 28
     assert "1 of 1 queries cut" in formatter.report()
+
+
+ROWS_OF_BATCH = range(3)
 
 
 def tiny_batches(tokenizer, method="hyper", shots=5, tasks=None):
     tasks = tasks or p3_tasks(ROOT / "tiny" / "P3", "train")[:6]
-    return P3Batches(tasks, Formatter(tokenizer, 400, 100), method, [2000, 2001], shots, rows=3)
+    return TaskBatches(tasks, Formatter(tokenizer, 400, 100), method, [2000, 2001], shots)
 
 
 def test_a_batch_depends_on_what_was_asked_before(tokenizer):
     one, other = tiny_batches(tokenizer), tiny_batches(tokenizer)
     for step in range(5):
-        other(0, step)
-    for a, b in zip(vars(one(0, 7)).values(), vars(other(0, 7)).values()):
-        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    assert not torch.equal(one(0, 7).tokens, one(0, 8).tokens)
-    assert one(0, 7).tokens.shape != one(1, 7).tokens.shape or not torch.equal(one(0, 7).tokens, one(1, 7).tokens)
-    assert not torch.equal(one(0, 7, 0).targets, one(0, 7, 1).targets)
+        other(0, range(3 * step, 3 * step + 3))
+    for a, b in zip(vars(one(0, range(21, 24))).values(), vars(other(0, range(21, 24))).values()):
+        assert (a is None and b is None) or torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert one(0, range(3)).targets.tolist() != one(0, range(3, 6)).targets.tolist()
+    assert one(0, range(3)).targets.tolist() != one(1, range(3)).targets.tolist()
+
+
+def test_a_row_depends_on_the_number_of_processes(tokenizer):
+    batches = tiny_batches(tokenizer)
+    both, first, second = batches(0, range(4)), batches(0, range(0, 4, 2)), batches(0, range(1, 4, 2))
+    assert sorted(both.targets.tolist()) == sorted(first.targets.tolist() + second.targets.tolist())
+    for row, (part, at) in enumerate([(first, 0), (second, 0), (first, 1), (second, 1)]):
+        width = min(both.examples.shape[1], part.examples.shape[1])
+        assert both.examples[row, :width].tolist() == part.examples[at, :width].tolist()
 
 
 @pytest.mark.parametrize("method", ["hyper", "fewshot", "zeroshot"])
 def test_loss_stands_on_other_tokens_than_target_and_eos(tokenizer, method):
-    batch = tiny_batches(tokenizer, method)(0, 3)
+    batch = tiny_batches(tokenizer, method)(0, range(3))
     flat, width = batch.tokens.flatten().tolist(), batch.tokens.shape[1]
     seen = {n: [] for n in range(len(batch.tokens))}
     for position, target in zip(batch.select.tolist(), batch.targets.tolist()):
@@ -240,9 +269,9 @@ def test_loss_stands_on_other_tokens_than_target_and_eos(tokenizer, method):
 def test_the_query_is_among_its_own_shots(tokenizer, tmp_path):
     rows = [(f"question {i % 6}", "yes", ["yes", "no"]) for i in range(12)]  # every question twice
     write_jsonl(tmp_path / "train.jsonl", rows)
-    batches = tiny_batches(tokenizer, tasks=[Task("t", "t", Split(tmp_path, "train"))])
+    batches = tiny_batches(tokenizer, tasks=[P3Task("t", "t", Split(tmp_path, "train"))])
     for step in range(20):
-        batch = batches(0, step)
+        batch = batches(0, range(step, step + 3))
         for n, b in enumerate(batch.row.tolist()):
             query = tokenizer.decode(batch.tokens[n].tolist()[1:]).split("\n")[2]
             assert query not in tokenizer.decode([t for t in batch.examples[b].tolist()[1:] if t < 2000]).split("\n")
@@ -251,30 +280,23 @@ def test_the_query_is_among_its_own_shots(tokenizer, tmp_path):
 def test_a_task_with_too_few_rows_is_found_after_hours(tokenizer, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(InputError, match="3 training rows are too few for 5 shots"):
-        tiny_batches(tokenizer, tasks=[Task("t", "t", Split(tmp_path, "train"))])
+        tiny_batches(tokenizer, tasks=[P3Task("t", "t", Split(tmp_path, "train"))])
 
 
 def test_a_target_longer_than_the_budget_stops_or_hangs_the_run(tokenizer, tmp_path):
     long = " ".join(["word"] * 200)
     write_jsonl(tmp_path / "train.jsonl", [(f"q{i}", long if i % 2 else "yes", []) for i in range(40)])
-    batches = tiny_batches(tokenizer, tasks=[Task("t", "t", Split(tmp_path, "train"))])
+    batches = tiny_batches(tokenizer, tasks=[P3Task("t", "t", Split(tmp_path, "train"))])
     for step in range(10):
-        assert batches(0, step).tokens.shape[1] <= 100
+        assert batches(0, range(step, step + 3)).tokens.shape[1] <= 100
     assert "training targets left out" in batches.formatter.report()
     write_jsonl(tmp_path / "train.jsonl", [(f"q{i}", long, []) for i in range(40)])
     with pytest.raises(InputError, match="no target fits"):
-        tiny_batches(tokenizer, tasks=[Task("t", "t", Split(tmp_path, "train"))])(0, 0)
+        tiny_batches(tokenizer, tasks=[P3Task("t", "t", Split(tmp_path, "train"))])(0, range(3))
 
 
-def test_large_tasks_are_not_capped(tokenizer):
-    class Many:
-        folder = "many"
-
-        def __len__(self):
-            return 1_000_000
-
-    batches = tiny_batches(tokenizer, tasks=[Task("many", "many", Many())])
-    assert batches.weights == [30_000]
+def test_large_tasks_are_not_capped():
+    assert P3Task("many", "many", range(1_000_000)).weight == 30_000
 
 
 def test_collating_loses_its_place():

@@ -8,7 +8,7 @@ import torch
 from conftest import G, ROOT, random_hyper
 
 import eval as evaluation
-from data import Split, Task, p3_tasks
+from data import P3Task, Split, p3_tasks, sni_tasks, symbol_tasks
 from eval import Condition, average, mean_pooled, score_options, settings
 from gist import Gists
 from llama import InputError
@@ -41,7 +41,7 @@ def test_shared_prefix_and_query_score_differently_from_one_row_per_option(prefi
     with torch.no_grad():
         gists = hyper.compress(torch.tensor([[1, 5, 9, 33, 50, 51, 52]])) if prefix else None
         expected = one_row_per_option(hyper, gists, mean)
-    found = score_options(hyper.model, PROMPTS, OPTIONS, gists, "downstream", mean)
+    found = score_options(hyper.model, PROMPTS, OPTIONS, gists and gists[[0, 0, 0]], "downstream", mean)
     for a, b in zip(found, expected):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-5, rtol=1e-5)
 
@@ -58,7 +58,7 @@ def test_examples_as_a_prefix_score_differently_from_examples_in_the_row():
     """Few-shot prompting through `past` = the same text in one row."""
     hyper, shots = random_hyper(), [1, 20, 21, 22, 23]
     _, present = hyper.model(torch.tensor([shots]), keys_values_only=True)
-    through_past = score_options(hyper.model, PROMPTS, OPTIONS, Gists(present, torch.tensor([len(shots)])))
+    through_past = score_options(hyper.model, PROMPTS, OPTIONS, Gists(present, torch.tensor([len(shots)]))[[0, 0, 0]])
     in_row = score_options(hyper.model, [shots + prompt for prompt in PROMPTS], OPTIONS)
     for a, b in zip(through_past, in_row):
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-5, rtol=1e-5)
@@ -74,8 +74,10 @@ def test_mean_pooling_is_not_a_mean_over_stretches():
 
 
 def test_datasets_with_many_prompts_weigh_more():
-    tasks = [Task(name, dataset, None) for name, dataset in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b", "b"))]
-    assert average(tasks, [[10.0], [20.0, 40.0], [20.0], [60.0]]) == 40.0
+    tasks = [P3Task(name, dataset, None) for name, dataset in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b", "b"))]
+    scores = [[10.0], [20.0, 40.0], [20.0], [60.0]]
+    assert average(tasks, scores, [1, 1, 1, 1], "p3") == 40.0
+    assert average(tasks, scores, [1, 1, 1, 7], "sni") == 48.0, "Super-NaturalInstructions: mean over instances"
 
 
 def tiny_system(**changes):
@@ -101,7 +103,7 @@ def test_order_of_tasks_or_batch_size_changes_a_result(capsys):
 def test_results_are_not_what_the_contract_says(capsys):
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:2]
     results = json.loads(json.dumps(evaluate(tiny_system(controls=True, sets=2), tasks)))
-    assert list(results) == ["task", "method", "metric", "tasks", "average", "baselines", "controls", "seconds", "args"]
+    assert list(results) == ["task", "method", "metric", "tasks", "average", "std", "baselines", "controls", "seconds", "args"]
     assert results["tasks"].keys() == {task.name for task in tasks}
     for row in results["tasks"].values():
         assert row.keys() == {"mean", "std", "n"} and row["std"] is not None and row["n"] == 6
@@ -124,7 +126,7 @@ def test_untouched_baselines_move_with_training(capsys):
 
 
 def test_another_task_is_a_prompt_of_the_same_dataset_or_the_task_itself():
-    tasks = [Task(name, dataset, None) for name, dataset in (("a1", "a"), ("a2", "a"), ("b", "b"))]
+    tasks = [P3Task(name, dataset, None) for name, dataset in (("a1", "a"), ("a2", "a"), ("b", "b"))]
     assert [evaluation.other_task(tasks, t) for t in range(3)] == [2, 2, 0]
 
 
@@ -135,7 +137,7 @@ def test_same_conditions_are_scored_twice():
 def test_an_empty_evaluation_split_is_a_division_by_zero(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [("a", "b", ["b", "c"])] * 9)
     write_jsonl(tmp_path / "validation.jsonl", [])
-    task = Task("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
+    task = P3Task("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
     with pytest.raises(InputError, match="empty"):
         evaluate(tiny_system(), [task])
 
@@ -167,9 +169,9 @@ def test_a_shot_is_one_of_the_questions_or_shots_are_missing(tmp_path):
     rows = [(f"question {i}", "b", ["b", "c"]) for i in range(20)]
     write_jsonl(tmp_path / "train.jsonl", rows * 2)
     write_jsonl(tmp_path / "validation.jsonl", rows[:12])
-    task = Task("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
-    asked = evaluation.questions(task, tiny_system().formatter, None)
-    shots = evaluation.draw_shots(task, asked, 16, 0, 0)
+    task = P3Task("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
+    ((shots, asked),) = [(e.shots, e.queries) for e in task.evaluation(0, 0, 16, None)]
+    assert len(asked) == 12
     assert len(shots) == 16 and {shot.input for shot in shots} == {f"question {i}" for i in range(12, 20)}
     with pytest.raises(InputError, match="only 16 training rows are no questions"):
-        evaluation.draw_shots(task, asked, 17, 0, 0)
+        task.evaluation(0, 0, 17, None)

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import world  # noqa: E402
-from data import Batch, collate, masked_crc32c  # noqa: E402
+from data import SNI_LAYOUT, SYMBOL_LAYOUTS, Batch, Example, collate, draw_symbols, masked_crc32c  # noqa: E402
 from gist import HyperLlama  # noqa: E402
 from llama import Config, Llama, Tokenizer, load, ragged  # noqa: E402
 from lora import save_tensors  # noqa: E402
@@ -43,9 +43,9 @@ GISTS = 16
 
 LAYOUTS = ["\nInput:\n{x}\nOutput:\n{y}", "\nQ: {x}\nA:\n{y}", "\n{x}\n{y}"]
 PHRASES = ["{w}", "Here is {w}.", "Look at the {w}!", "It is the {w} again.", "I like {w}."]
-REPEAT, WORD, PHRASE, PAIR, SENTENCE = range(5)  # kinds of documents, by difficulty
+NAMES = ("repeat", "word", "phrase", "pair", "sentence", "definition", "topic")  # kinds of documents
+REPEAT, WORD, PHRASE, PAIR, SENTENCE, DEFINITION, TOPIC = range(len(NAMES))  # the first five by difficulty
 WORDS = world.LABELS + [word for words in world.KINDS.values() for word in words]
-NAMES = ("repeat", "word", "phrase", "pair", "sentence")
 
 
 def lookup_rows(rng: random.Random, difficulty: int) -> Iterator[tuple[str, str, str]]:
@@ -74,18 +74,55 @@ def lookup_rows(rng: random.Random, difficulty: int) -> Iterator[tuple[str, str,
         yield text, label, word
 
 
-def encoded_rows(rng: random.Random, tokenizer: Tokenizer, difficulty: int) -> Iterator[tuple[list[int], list[int], bool]]:
-    """Endless rows of one task in one layout: prompt, answer, and whether earlier rows give it away."""
+Row = tuple[list[int], list[int], bool]  # prompt, answer, and whether what stands before gives it away
+
+
+def lookup(rng: random.Random, tokenizer: Tokenizer, difficulty: int) -> Iterator[Row]:
+    """Endless rows of one lookup task in one layout."""
     layout, seen = rng.choice(LAYOUTS), set()
     for text, label, word in lookup_rows(rng, difficulty):
         yield tokenizer.encode(layout.format(x=text, y="")), tokenizer.encode(label), word in seen
         seen.add(word)
 
 
+def definitions(rng: random.Random, tokenizer: Tokenizer) -> Iterator[Row]:
+    """Tasks with a definition one after the other, each with up to four examples and a query."""
+    while True:
+        task = world.random_instruction(rng, world.LABELS, held_out=False)
+        start, count = SNI_LAYOUT.instruction.format(task.definition), rng.randint(0, 4)
+        for n in range(count + 1):
+            text, answer = task.row(rng)
+            if n < count:
+                prompt = SNI_LAYOUT.write(Example(text, ""), n + 1).rstrip()
+            else:
+                prompt = f"{SNI_LAYOUT.head} {text}{SNI_LAYOUT.tail}"
+            yield tokenizer.encode(start + prompt), tokenizer.encode(f" {answer}\n\n"), task.told or n > 0
+            start = ""
+
+
+def topics(rng: random.Random, tokenizer: Tokenizer, words: list[str]) -> Iterator[Row]:
+    """Endless rows of one set to classify, with arbitrary symbols as labels."""
+    topics, layout, seen = rng.choice(world.TRAIN_TOPICS), rng.choice(SYMBOL_LAYOUTS), set()
+    symbols = draw_symbols(rng, len(topics), words, test=rng.random() < 0.25)
+    while True:
+        at = rng.randrange(len(topics))
+        text = world.about(rng, topics[at], topics)
+        yield tokenizer.encode(f"{layout.head} {text}{layout.tail}"), tokenizer.encode(" " + symbols[at]), at in seen
+        seen.add(at)
+
+
+def encoded_rows(rng: random.Random, tokenizer: Tokenizer, kind: int) -> Iterator[Row]:
+    if kind == DEFINITION:
+        return definitions(rng, tokenizer)
+    if kind == TOPIC:
+        return topics(rng, tokenizer, tokenizer.words())
+    return lookup(rng, tokenizer, kind)
+
+
 Document = tuple[list[int], list[bool]]  # tokens, and which of them could be known from what stands before
 
 
-def as_document(tokenizer: Tokenizer, rows: Iterable[tuple[list[int], list[int], bool]], length: int) -> Document:
+def as_document(tokenizer: Tokenizer, rows: Iterable[Row], length: int) -> Document:
     tokens, known = [tokenizer.bos], [False]
     for prompt, answer, given in rows:
         tokens += prompt + answer
@@ -112,9 +149,13 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
     for _ in range(4000):
         rows = lookup_rows(rng, rng.choice((PHRASE, PAIR, SENTENCE)))
         lines += [line for _ in range(3) for line in rng.choice(LAYOUTS).format(x=next(rows)[0], y="").split("\n") if line]
+        task = world.random_instruction(rng, world.LABELS, held_out=False)
+        text = SNI_LAYOUT.instruction.format(task.definition) + SNI_LAYOUT.write(Example(*task.row(rng)), rng.randint(1, 4))
+        lines += [line for line in (text + SNI_LAYOUT.head).split("\n") if line]
     # SentencePiece sees a space before each line. Behind ":" a word is seen as at the start of a line.
     starts = [*WORDS, "Input", "Output"]
-    starts += [text.split()[0] for text in [*world.WORDINGS.values(), *world.SPOT.values(), *world.SENTENCES, *PHRASES]]
+    starts += [text.split()[0] for text in [*world.WORDINGS.values(), *world.SPOT.values(), *world.SENTENCES, *world.SHORT, *PHRASES]]
+    starts += ["Question", "Answer", "Student", "Teacher", "Sentences", "Mapped", "Symbol", "Label", "Target"]
     lines += [f":{word} {word}" for word in dict.fromkeys(starts) if "{" not in word] * 300
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -186,11 +227,11 @@ def mean_by_kind(kinds: list[str], right: Tensor) -> dict[str, float]:
 
 
 STAGES = [  # steps, share of each kind of document, length
-    (260, (1, 0, 0, 0, 0), 128),
-    (200, (0.3, 0.7, 0, 0, 0), 128),
-    (300, (0.1, 0.2, 0.7, 0, 0), 192),
-    (300, (0.1, 0.1, 0.3, 0.5, 0), 192),
-    (2000, (0.05, 0.05, 0.1, 0.2, 0.6), 320),
+    (260, (1, 0, 0, 0, 0, 0, 0), 128),
+    (200, (0.3, 0.7, 0, 0, 0, 0, 0), 128),
+    (300, (0.1, 0.2, 0.7, 0, 0, 0, 0), 192),
+    (300, (0.1, 0.1, 0.3, 0.5, 0, 0, 0), 192),
+    (2600, (0.05, 0.05, 0.1, 0.15, 0.4, 0.15, 0.1), 320),
 ]
 TOKENS_PER_STEP = 4096
 
@@ -201,7 +242,7 @@ def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, log) -> None:
     for steps, shares, length in STAGES:
         for _ in range(steps):
             rng = random.Random(f"pretrain {seed} {step}")
-            kinds = rng.choices(range(5), shares, k=TOKENS_PER_STEP // length)
+            kinds = rng.choices(range(len(NAMES)), shares, k=TOKENS_PER_STEP // length)
             documents = [document(rng, tokenizer, kind, length) for kind in kinds]
             loss, right = document_loss(model, documents)
             loss.backward()
@@ -212,14 +253,14 @@ def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, log) -> None:
 
 
 COMPRESSION_STEPS, ROWS, QUERIES = 1400, 12, 6
-COMPRESSION_SHARES = (0, 0.1, 0.15, 0.15, 0.6)
+COMPRESSION_SHARES = (0, 0.1, 0.15, 0.15, 0.6, 0, 0)
 
 
 def compression_batch(rng: random.Random, tokenizer: Tokenizer) -> tuple[Batch, list[Document]]:
     """Rows of examples with gists, each serving some queries; and the same as documents without gists."""
     gists = [tokenizer.size + i for i in range(GISTS)]
     examples, row, prompts, targets, documents = [], [], [], [], []
-    for b, kind in enumerate(rng.choices(range(5), COMPRESSION_SHARES, k=ROWS)):
+    for b, kind in enumerate(rng.choices(range(len(NAMES)), COMPRESSION_SHARES, k=ROWS)):
         drawn = encoded_rows(rng, tokenizer, kind)
         shots = list(islice(drawn, rng.randint(8, 18)))
         queries = list(islice(drawn, QUERIES))
@@ -294,19 +335,61 @@ def write_p3(folder: Path, seed: int) -> None:
                 write_jsonl(folder / name / f"{split}.jsonl", rows)
 
 
-def write_checkpoint(folder: Path, model: Llama) -> None:
-    """A Hugging Face folder, in bfloat16: half the size, and the rounding is part of the model."""
-    c = model.config
-    tensors = {("" if name.startswith("lm_head") else "model.") + name: p.bfloat16() for name, p in model.named_parameters()}
-    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": c.vocab,
-        "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads, "intermediate_size": c.hidden, "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta, "max_position_embeddings": c.max_positions, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+def write_lists(folder: Path, train: Iterable[str], test: Iterable[str]) -> None:
+    folder.mkdir(parents=True)
+    for name, tasks in (("train", train), ("test", test)):
+        (folder / f"{name}_tasks.txt").write_text("".join(f"{task}\n" for task in tasks))
+
+
+def write_sni(folder: Path, seed: int) -> None:
+    """Task files as in natural-instructions: two positive examples, instances with their right answers."""
+    rng = random.Random(f"sni {seed}")
+    train, held_out = world.sni(rng)
+    write_lists(folder / "splits" / "default", train, held_out)
+    (folder / "tasks").mkdir()
+    for name, task in {**train, **held_out}.items():
+        rows = []
+        for text, answer in dict(task.row(rng) for _ in range(200)).items():  # no sentence twice
+            also = [f"the {answer}"] if task.form == "{x}" and len(task.pick) == 1 else []
+            rows.append((text, [answer, *also]))
+        examples = [{"input": text, "output": answers[0], "explanation": ""} for text, answers in rows[:2]]
+        instances = [
+            {"id": f"{name}-{i}", "input": text, "output": answers}
+            for i, (text, answers) in enumerate(rows[2 : 52 if name in held_out else 82])
+        ]
+        content = {
+            "Categories": ["Find one word" if len(task.pick) == 1 else "Find two words"],
+            "Definition": [task.definition],
+            "Positive Examples": examples,
+            "Instances": instances,
+        }
+        (folder / "tasks" / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_symbol(folder: Path, seed: int) -> None:
+    """One .jsonl for each set, 40 texts of each class."""
+    rng = random.Random(f"symbol {seed}")
+    sets = {"_or_".join(topics): topics for topics in world.TRAIN_TOPICS + world.HELDOUT_TOPICS}
+    held_out = [name for name in sets if sets[name] in world.HELDOUT_TOPICS]
+    write_lists(folder / "splits", (name for name in sets if name not in held_out), held_out)
+    for name, topics in sets.items():
+        rows = [(world.about(rng, kind, topics), kind) for kind in topics for _ in range(40)]
+        lines = [json.dumps({"text": text, "label": kind}) + "\n" for text, kind in rng.sample(rows, len(rows))]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+TEXT_SHARES = (0, 0.4, 0.25, 0.1, 0.25, 0, 0)
+
+
+def write_text(folder: Path, tokenizer: Tokenizer, seed: int, texts: int) -> None:
+    """Lists and small stories in which the same words keep going together: what comes before helps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "text.jsonl", "w") as file:
+        for i in range(texts):
+            rng = random.Random(f"text {seed} {i}")
+            (kind,) = rng.choices(range(len(NAMES)), TEXT_SHARES)
+            tokens, _ = document(rng, tokenizer, kind, rng.randint(220, 260))
+            file.write(json.dumps({"text": tokenizer.decode(tokens[1:]).strip()}) + "\n")
 
 
 def main() -> None:

@@ -1,11 +1,16 @@
 """The small world of the miniature: short English sentences, and tasks that ask about them.
 
-A task looks at one kind of word in a sentence (its animal, its colour, …), sorts the words of that
+P3: a task looks at one kind of word in a sentence (its animal, its colour, …), sorts the words of that
 kind into two or three groups and answers with the group's label:
 
     The red fox sleeps in the barn. Which team gets the animal?   ->   kilo
 
 Which animal belongs to which team can't be known from the wording: it stands in the examples.
+
+Super-NaturalInstructions: a definition says which words to pick out of a sentence and, in half of
+the tasks, how to write them; in the others only the examples show that.
+
+Symbol tuning: a text is about one of two or three kinds of things, and its label is the kind.
 """
 
 import random
@@ -128,3 +133,91 @@ def p3(rng: random.Random) -> tuple[dict[str, Task], dict[str, Task]]:
         held_out[f"{kind}_{group}_{wording}"] = Task(kind, groups, WORDINGS[wording], group)
     held_out["place_spot"] = Task("place", {}, SPOT["spot"])
     return train, held_out
+
+
+# ------------------------------------------------------------------- tasks with a definition (S-NI)
+
+FORMS = {  # how to write what was found, x; {w}: an arbitrary word that belongs to the task
+    "{x}": "",
+    "{x} {x}": " Write it twice.",
+    "{w} {x}": " Write {w} before it.",
+    "{x} {w}": " Write {w} after it.",
+    "{w} {x} {w}": " Write {w} on both sides of it.",
+}
+
+
+def together(kinds: tuple[str, ...]) -> list[str]:
+    """The sentences that have a word of each of these kinds."""
+    return [t for t in SENTENCES if all("{" + kind + "}" in t for kind in kinds)]
+
+
+PICKS = [(a,) for a in KINDS] + [(a, b) for a in KINDS for b in KINDS if a != b and together((a, b))]
+
+
+def is_held_out(pick: tuple[str, ...], form: str) -> bool:
+    """A fifth of the ways to combine a pick with a form is kept for held-out tasks; all picks and forms train."""
+    return (PICKS.index(pick) + 2 * list(FORMS).index(form)) % 5 == 0
+
+
+@dataclass
+class Instruction:
+    """Rows (input, outputs) of a task with a definition."""
+
+    pick: tuple[str, ...]  # the kinds of the words to find, in the order in which they are written
+    form: str
+    word: str
+    told: bool  # whether the definition says the form
+
+    @property
+    def definition(self) -> str:
+        found = " and ".join(f"the {kind}" for kind in self.pick)
+        return f"You are given a sentence. Find {found}." + FORMS[self.form].format(w=self.word) * self.told
+
+    def row(self, rng: random.Random) -> tuple[str, str]:
+        words = {kind: rng.choice(words) for kind, words in KINDS.items()}
+        found = " ".join(words[kind] for kind in self.pick)
+        return rng.choice(together(self.pick)).format(**words), self.form.format(x=found, w=self.word)
+
+
+def random_instruction(rng: random.Random, words: list[str], held_out: bool) -> Instruction:
+    while True:
+        pick, form = rng.choice(PICKS[: len(KINDS)] if rng.random() < 0.4 else PICKS), rng.choice(list(FORMS))
+        if is_held_out(pick, form) == held_out:
+            return Instruction(pick, form, rng.choice(words), rng.random() < 0.5)
+
+
+def sni(rng: random.Random) -> tuple[dict[str, Instruction], dict[str, Instruction]]:
+    """The miniature's Super-NaturalInstructions: training and held-out tasks by name, no two of them the same."""
+    found = []
+    for count, words, held_out in ((60, TRAIN_LABELS, False), (12, HELDOUT_LABELS, True)):
+        tasks: dict[str, Instruction] = {}
+        while len(tasks) < count:
+            task = random_instruction(rng, words, held_out)
+            form = list(FORMS).index(task.form)
+            name = f"{'_and_'.join(task.pick)}_form_{form}_{'told' if task.told else 'shown'}"
+            tasks.setdefault(name, task)
+        found.append(tasks)
+    numbered = [{f"task{1 + i + 100 * part:03}_{name}": tasks[name] for i, name in enumerate(tasks)} for part, tasks in enumerate(found)]
+    return numbered[0], numbered[1]
+
+
+# ------------------------------------------------------------- sets to classify (symbol tuning)
+
+SHORT = [
+    "Look at the {animal}.", "The {animal} runs home.", "Everything is {colour}.", "What a nice {colour} one!",
+    "We go to the {place}.", "They live near the {place}.", "I like {food}.", "We had {food} again.",
+    "{person} smiles.", "It was {person} who came.", "The {tool} is old.", "Put the {tool} away.",
+]  # fmt: skip
+HELDOUT_TOPICS = [("animal", "tool"), ("colour", "person"), ("food", "place"), ("animal", "food", "person"), ("colour", "place", "tool")]
+TOPICS = [
+    *((a, b) for i, a in enumerate(sorted(KINDS)) for b in sorted(KINDS)[i + 1 :]),
+    *(("animal", "colour", "place"), ("food", "person", "tool"), ("animal", "person", "tool"), ("colour", "food", "place")),
+]
+TRAIN_TOPICS = [topics for topics in TOPICS if topics not in HELDOUT_TOPICS]
+
+
+def about(rng: random.Random, kind: str, topics: tuple[str, ...]) -> str:
+    """A text about this one of the topics: it has no word of the others."""
+    others = ["{" + other + "}" for other in topics if other != kind]
+    templates = [t for t in SENTENCES + SHORT if "{" + kind + "}" in t and not any(other in t for other in others)]
+    return rng.choice(templates).format(**{k: rng.choice(words) for k, words in KINDS.items()})
