@@ -869,6 +869,10 @@ class TextBatches:
         if not paths:
             raise InputError(f"{folder}: no .jsonl or .jsonl.gz files with text")
         self.paths, self.data = paths, [unpack(path) for path in paths]
+        self.borders = [data.find(b"\n", len(data) * 19 // 20) + 1 for data in self.data]  # behind: evaluation
+        for path, data, border in zip(paths, self.data, self.borders):
+            if not 0 < border < len(data):
+                raise InputError(f"{path}: too few lines to keep some for evaluation")
         self.formatter, self.gist_ids = formatter, gist_ids
         self.outer = (formatter.context - len(gist_ids) - 1) // 2  # tokens of A, and of D
         self.inner = (formatter.downstream - 1) // 2  # of B, and of C
@@ -879,11 +883,8 @@ class TextBatches:
         """The tokens of A B C D: a stretch of one text, or of several where they are short."""
         needed, eos = 2 * (self.outer + self.inner), self.formatter.tokenizer.eos
         (file,) = rng.choices(range(len(self.data)), [len(data) for data in self.data])
-        path, data = self.paths[file], self.data[file]
-        border = data.find(b"\n", len(data) * 19 // 20) + 1  # where the evaluation part begins
+        path, data, border = self.paths[file], self.data[file], self.borders[file]
         start, end = (border, len(data)) if test else (0, border)
-        if start == end:
-            raise InputError(f"{path}: too few lines to keep some for evaluation")
         at = data.find(b"\n", rng.randrange(start, end), end) + 1 or start  # the beginning of some line
         tokens: list[int] = []
         for _ in range(needed + 1):

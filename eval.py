@@ -333,17 +333,14 @@ def score(system: System, episodes: list[Episode], others: list[Episode], condit
                 values = [100.0 * (answer == query.target) for answer, query in zip(best, queries)]
             else:
                 before = {} if gists is None else {"past": gists.past, "offset": gists.offset, "seen": gists.seen}
-                rows = generate(system.model, given, MAX_NEW_TOKENS, system.tokenizer.eos, **before, adapter=condition.adapter)
-                values = [rouge_l(answer_text(system.tokenizer, row), q.references) for row, q in zip(rows, queries)]
+                # An untouched model doesn't stop after its answer, but goes on with the next example.
+                ends = {"eos": system.tokenizer.eos, "until": system.tokenizer.encode("\n\n")}
+                rows = generate(system.model, given, MAX_NEW_TOKENS, **ends, **before, adapter=condition.adapter)
+                values = [rouge_l(system.tokenizer.decode(row).strip(), q.references) for row, q in zip(rows, queries)]
             for i, value in zip(at, values):
                 found[i] = value
         scores += found
     return scores
-
-
-def answer_text(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """A generated answer. An untouched model doesn't stop, but goes on with the next example: that is cut off."""
-    return tokenizer.decode(tokens).strip().split("\n\n")[0]
 
 
 def prepare(system: System, tasks: Sequence) -> tuple[Sequence, list[list[list[Episode]]]]:
@@ -576,15 +573,17 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command; what the user can mend is said in one line, with exit status 2 (Ctrl-C: 130)."""
     try:
         main()
+        return
     except (InputError, OSError) as problem:  # OSError: a full disk, a folder taken away
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        message, status = f"error: {problem}", 2
     except torch.OutOfMemoryError as problem:
-        print(f"error: out of memory; a smaller --batch-size or --eval-batch-size may help ({str(problem).splitlines()[0]})", file=sys.stderr)
-        sys.exit(2)
+        advice = "a smaller --batch-size or --eval-batch-size may help"
+        message, status = f"error: out of memory; {advice} ({str(problem).splitlines()[0]})", 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        message, status = "interrupted", 130
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def write_json(path: Path, value: dict) -> None:

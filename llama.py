@@ -489,8 +489,11 @@ def generate(
     offset: Tensor | None = None,
     seen: Tensor | None = None,
     adapter: Adapter = None,
+    until: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Greedy continuation of prompts of unequal length, each as if it were alone (EOS not returned).
+    """Greedy continuation of prompts of unequal length, each as if it were alone.
+
+    A row ends with EOS or with the tokens of `until`; neither is returned.
 
     past [B, K, P, hd] per layer and offset [B] as in `Llama.forward`; seen [B, P] bool: which of the
     past is real, where that differs from row to row.
@@ -509,18 +512,22 @@ def generate(
     P = present[0][0].shape[2] - T
     seen = torch.ones(B, P, dtype=torch.bool, device=device) if seen is None else seen
     seen = torch.cat((seen, real(lengths, T)), dim=1)  # [B, P + T]
-    new, position = [], offset + lengths
-    running = torch.ones(B, dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
+    position, rows = offset + lengths, [[] for _ in range(B)]
+    running = [max_new_tokens > 0] * B
+    while any(running):
         token = logits.argmax(-1)  # [B]
-        new.append(token)
-        running &= token != eos
-        if not running.any() or len(new) == max_new_tokens:
+        for b, t in enumerate(token.tolist()):
+            if running[b]:
+                rows[b].append(t)
+                ended = t == eos or until and rows[b][-len(until) :] == list(until)
+                if ended:
+                    del rows[b][-(1 if t == eos else len(until)) :]
+                running[b] = not ended and len(rows[b]) < max_new_tokens
+        if not any(running):
             break
         step = {"past": present, "offset": position, "mask": holes_mask(seen, 1), "adapter": adapter}
         logits, present = model(token[:, None], **step)
         logits = logits[:, 0]
         seen = torch.cat((seen, seen.new_ones(B, 1)), dim=1)
         position = position + 1
-    rows = torch.stack(new, dim=1).tolist() if new else [[]] * B
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+    return rows

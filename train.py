@@ -15,7 +15,9 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -140,6 +142,8 @@ def add_up(numbers: list[float], device: torch.device) -> list[float]:
 
 def shard(system: System) -> None:
     """FSDP2: each process holds a share of every parameter; a layer is put together while it is needed."""
+    # Blocks return views (values with their heads in front); nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     kind = system.device.type
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if kind == "cuda" else MixedPrecisionPolicy()
@@ -251,7 +255,7 @@ def load_state(out: Path, system: System, optimizer: torch.optim.Optimizer) -> i
         return 0
     tensors, about = load_tensors(path)
     parameters = system.trainable()
-    found = {name: like(tensors[name], parameters[name]) for name in parameters.keys() & tensors.keys()}
+    found = {name: like(tensors[name], parameters[name]) for name in parameters if name in tensors}
     assign(parameters, found, path)
     step = int(about["step"])
     for name, parameter in parameters.items():
@@ -379,3 +383,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     run_command(main)
+    if "RANK" in os.environ:  # gloo's threads sometimes abort the interpreter's own way out
+        sys.stdout.flush()
+        os._exit(0)

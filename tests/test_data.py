@@ -1,5 +1,8 @@
 """Tasks on disk, drawing and packing examples, batches."""
 
+import gzip
+import json
+import random
 import struct
 
 import pytest
@@ -9,6 +12,7 @@ from make import write_jsonl, write_tfrecord
 
 from data import (
     P3_LAYOUT,
+    SNI_LAYOUT,
     Episode,
     Example,
     Formatter,
@@ -324,3 +328,232 @@ def test_the_miniature_in_git_is_not_what_its_script_makes(tmp_path):
     made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     kept = ROOT / "tiny" / "P3"
     assert made == {p.relative_to(kept): p.read_bytes() for p in kept.rglob("*") if p.is_file()}
+
+
+# -------------------------------------------------------------------- Super-NaturalInstructions
+
+
+def write_sni(folder, tasks, test=("held",)):
+    (folder / "splits" / "default").mkdir(parents=True)
+    (folder / "tasks").mkdir()
+    train = [name for name in tasks if name not in test]
+    (folder / "splits" / "default" / "train_tasks.txt").write_text("\n".join(train))
+    (folder / "splits" / "default" / "test_tasks.txt").write_text("\n".join(test))
+    for name, task in tasks.items():
+        (folder / "tasks" / f"{name}.json").write_text(json.dumps(task))
+    return folder
+
+
+NEW = {
+    "Categories": ["Counting"],
+    "Definition": ["Count the words"],
+    "Positive Examples": [{"input": "a b", "output": "2", "explanation": ""}, {"input": "c!", "output": "1", "explanation": ""}],
+    "Instances": [{"id": "1", "input": "x y z", "output": ["3", "three"]}, {"id": "2", "input": "x?", "output": ["1"]}],
+}
+OLD = {
+    "Definition": "Count the words.",
+    "Positive Examples": [{"input": "a b", "output": "2"}],
+    "Instances": [{"input": "x y z", "output": "3"}],
+}
+
+
+def test_old_and_new_files_of_sni_are_read_differently(tmp_path):
+    folder = write_sni(tmp_path, {"new": NEW, "old": OLD, "held": NEW})
+    new, old = sni_tasks(folder, "train")
+    assert new.definition == old.definition == "Count the words."
+    assert [e.input for e in new.examples] == ["a b.", "c!"] and new.group == "Counting"
+    assert new.instances[0].references == ("3", "three") and old.instances[0].references == ("3",)
+    assert new.instances[0].input == old.instances[0].input == "x y z." and new.instances[1].input == "x?"
+    drawn = {new.draw(random.Random(i), 2, 2).queries[j].target for i in range(20) for j in range(2)}
+    assert drawn == {"3", "three", "1"}, "every reference can be the label"
+
+
+def test_missing_task_files_are_fatal_or_silent(tmp_path, capsys):
+    folder = write_sni(tmp_path, {"new": NEW, "held": NEW})
+    with open(folder / "splits" / "default" / "train_tasks.txt", "a") as file:
+        file.write("\ngone1\ngone2\n")
+    assert [task.name for task in sni_tasks(folder, "train")] == ["new"]
+    assert "2 of 3 train tasks have no file" in capsys.readouterr().err
+    (folder / "tasks" / "held.json").unlink()
+    with pytest.raises(InputError, match="none of the 1 tasks"):
+        sni_tasks(folder, "test")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"Definition": None}, "Definition"), ({"Instances": []}, "no instances"), ({"Instances": 3}, "wrong type"),
+    ({"Positive Examples": [{"input": "a"}]}, "'output' is missing"), ({"Instances": [{"input": "a", "output": []}]}, "instance 1"),
+    ({"Instances": [{"input": "a", "output": [5]}]}, "instance 1"),
+])  # fmt: skip
+def test_a_bad_sni_file_is_a_traceback(tmp_path, change, message):
+    folder = write_sni(tmp_path, {"new": {**NEW, **change}, "held": NEW})
+    with pytest.raises(InputError, match=message):
+        sni_tasks(folder, "train")
+
+
+def test_a_cut_sni_file_is_a_traceback(tmp_path):
+    folder = write_sni(tmp_path, {"new": NEW, "held": NEW})
+    path = folder / "tasks" / "new.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(InputError, match="new.json: not a task file"):
+        sni_tasks(folder, "train")
+
+
+@needs_real_data
+def test_real_sni_files_do_not_load(capsys):
+    train, test = (sni_tasks(REAL_DATA / "natural-instructions", split) for split in ("train", "test"))
+    assert len(train) + len(test) == 35 and "have no file" in capsys.readouterr().err
+    for task in train + test:
+        assert task.definition and len(task.examples) >= 2 and 0 < len(task.instances) <= 100
+        assert all(example.references for example in task.instances)
+    assert max(len(example.references) for task in train + test for example in task.instances) > 1
+
+
+def test_the_prompt_of_sni_is_not_the_one_of_the_field(tokenizer):
+    task = sni_tasks(ROOT / "tiny" / "natural-instructions", "train")[0]
+    episode = task.draw(random.Random(0), 2, 1)
+    formatter, query = Formatter(tokenizer, 400, 100), episode.queries[0]
+    row, lead = formatter.context_row(episode)
+    query_row = formatter.query(episode, query, 90, instruct=False, bos=False)
+    text = tokenizer.decode(row[1:] + query_row + formatter.target(episode, query.target))
+    (a, b), x = task.examples, query.input
+    expected = (
+        f"Definition: {task.definition}\n\n Positive Example 1 -\nInput: {a.input}\n Output: {a.target}\n\n"
+        f" Positive Example 2 -\nInput: {b.input}\n Output: {b.target}\n\n"
+        f"Now complete the following example -\nInput: {x}\nOutput: {query.target}"
+    )
+    assert text == expected
+    assert tokenizer.decode(row[1:lead]) == f"Definition: {task.definition}\n\n"
+    with_definition = formatter.query(episode, query, 90, instruct=True)
+    assert with_definition == [tokenizer.bos] + row[1:lead] + query_row
+
+
+def test_a_long_definition_leaves_no_room_for_the_query(tokenizer):
+    query = Example("dog cat", "fox")
+    episode = Episode([query], [], SNI_LAYOUT, "dog " * 500)
+    formatter = Formatter(tokenizer, 100, 160)
+    prompt = formatter.query(episode, query, 150, instruct=True)
+    assert len(prompt) <= 150 and tokenizer.decode(prompt[1:]).endswith("Input: dog cat\nOutput:")
+    assert len(formatter.context_row(episode, [-1, -2])[0]) <= 100
+    assert "instructions cut" in formatter.report()
+
+
+# ------------------------------------------------------------------------------------ symbol tuning
+
+WORDS = "apple river stone cloud music paper light table horse green winter market".split()
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_symbols_collide_or_come_from_the_wrong_pool(test):
+    kinds = set()
+    for seed in range(500):
+        symbols = draw_symbols(random.Random(seed), 2 + seed % 2, WORDS * 4 + [w[::-1] for w in WORDS], test)
+        assert all(in_test_pool(symbol) == test for symbol in symbols)
+        assert not any(a != b and a.startswith(b) for a in symbols for b in symbols) and len(set(symbols)) == len(symbols)
+        kinds |= {"digit" if s.isdigit() else "word" if s in WORDS else "letters" for s in symbols}
+        assert not test or not any(symbol.isdigit() and len(symbol) > 4 for symbol in symbols)
+    assert kinds == {"digit", "word", "letters"}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_of_a_symbol_prompt_are_not_consistent(split):
+    layouts = set()
+    for task in symbol_tasks(ROOT / "tiny" / "symbol", split, WORDS):
+        label_of = {text: label for label, texts in task.classes.items() for text in texts}
+        for seed in range(20):
+            if split == "train":
+                episodes = [task.draw(random.Random(seed), 4, 4)]
+                assert 2 * len(task.classes) <= len(episodes[0].shots) <= 10 * len(task.classes)
+            else:
+                episodes = task.evaluation(seed, 0, 4, 5)
+                assert len(episodes) == 5 and all(len(e.shots) == 4 * len(task.classes) for e in episodes)
+            for episode in episodes:
+                named = {(label_of[e.input], e.target) for e in episode.shots + episode.queries}
+                assert len(named) == len(task.classes) == len({symbol for _, symbol in named}), "one symbol for each class"
+                assert {symbol for _, symbol in named} == set(episode.queries[0].options)
+                assert not {e.input for e in episode.shots} & {e.input for e in episode.queries}
+                assert all(in_test_pool(symbol) == (split == "test") for _, symbol in named)
+                layouts.add(episode.layout)
+    assert len(layouts) == 10
+
+
+def test_sets_are_not_divided_as_in_the_paper(tmp_path):
+    for name in ("tweet_eval-hate", "SUBJ", "sst2", "raft-overruling"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"t{i}", "label": i % 2}) + "\n" for i in range(8)))
+    assert [task.name for task in symbol_tasks(tmp_path, "train", WORDS)] == ["sst2"]
+    assert {task.name for task in symbol_tasks(tmp_path, "test", WORDS)} == {"tweet_eval-hate", "SUBJ", "raft-overruling"}
+    (tmp_path / "sst2.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b"}\n')
+    with pytest.raises(InputError, match="sst2.jsonl: line 2: label"):
+        symbol_tasks(tmp_path, "train", WORDS)
+    with pytest.raises(InputError, match="words are too few"):
+        draw_symbols_of_one_word()
+
+
+def draw_symbols_of_one_word():
+    for seed in range(20):
+        draw_symbols(random.Random(seed), 2, ["one"], False)
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def text_batches(tokenizer, folder, context=30, downstream=21):
+    return TextBatches(folder, Formatter(tokenizer, context, downstream), [2000, 2001])
+
+
+def test_segments_of_text_are_out_of_order(tokenizer, tmp_path):
+    words = [tokenizer.encode(" " + word)[0] for word in tokenizer.words()[:120]]
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": tokenizer.decode(words)}) + "\n") * 40)
+    batches = text_batches(tokenizer, tmp_path)
+    batch = batches(0, range(6))
+    A = D = (30 - 2 - 1) // 2
+    B = C = (21 - 1) // 2
+    for n in range(6):
+        row = batch.examples[n].tolist()
+        bc = batch.targets.view(6, -1)[n].tolist()
+        assert row[0] == tokenizer.bos and row[-2:] == [2000, 2001] and len(row) == 1 + A + D + 2
+        window = row[1 : 1 + A] + bc + row[1 + A : 1 + A + D]
+        assert len(bc) == B + C and batch.tokens[n].tolist() == [tokenizer.bos] + bc[:-1]
+        at = words.index(window[0])
+        assert window == words[at : at + len(window)], "A B C D is one stretch of text"
+    assert batches(0, range(6)).targets.equal(batch.targets) and not batches(0, range(6, 12)).targets.equal(batch.targets)
+
+
+def test_evaluation_text_is_trained_on(tokenizer, tmp_path):
+    lines = [json.dumps({"text": f"{i} " * 60}) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    batches = text_batches(tokenizer, tmp_path)
+    seen = {test: {tokenizer.decode(t.tolist()).strip() for t in batches(0, range(100), test=test).targets.view(100, -1)} for test in (False, True)}
+    numbers = {test: {n for text in texts for n in text.split()[1:-1]} for test, texts in seen.items()}
+    assert len(numbers[True]) > 3 and not numbers[True] & numbers[False]
+
+
+def test_packed_text_differs_from_plain_text(tokenizer, tmp_path):
+    source = (ROOT / "tiny" / "text" / "text.jsonl").read_bytes()
+    for name, content in (("plain/a.jsonl", source), ("packed/a.jsonl.gz", gzip.compress(source))):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    plain, packed = (text_batches(tokenizer, tmp_path / name)(3, range(4)) for name in ("plain", "packed"))
+    assert plain.targets.equal(packed.targets) and plain.examples.equal(packed.examples)
+    (tmp_path / "packed" / "a.jsonl.gz").write_bytes(gzip.compress(source)[:-5000])
+    with pytest.raises(InputError, match="can't be unpacked"):
+        text_batches(tokenizer, tmp_path / "packed")
+
+
+def test_short_texts_hang_or_a_bad_line_is_a_traceback(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "dog"}\n' * 400)
+    assert len(text_batches(tokenizer, tmp_path)(0, range(2)).targets) == 40
+    for content, message in (('{"text": ""}\n' * 400, None), ('{"txt": "a"}\n' * 40, "text is missing"), ("no\n" * 40, "not a line of JSON"), ("", "too few lines")):
+        (tmp_path / "a.jsonl").write_text(content)
+        if message:
+            with pytest.raises(InputError, match=message):
+                text_batches(tokenizer, tmp_path)(0, range(2))
+        else:  # empty texts still have their ends
+            text_batches(tokenizer, tmp_path)(0, range(2))
+    with pytest.raises(InputError, match="no .jsonl"):
+        text_batches(tokenizer, ROOT / "tests")
+
+
+@needs_real_data
+def test_real_text_cannot_be_read(tokenizer):
+    batch = text_batches(tokenizer, REAL_DATA / "text", 256, 129)(0, range(8))
+    assert batch.examples.shape[0] == 8 and len(batch.targets) == 8 * 128

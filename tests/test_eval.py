@@ -2,14 +2,15 @@
 
 import argparse
 import json
+import statistics
 
 import pytest
 import torch
-from conftest import G, ROOT, random_hyper
+from conftest import G, REAL_DATA, ROOT, needs_real_data, random_hyper
 
 import eval as evaluation
 from data import P3Task, Split, p3_tasks, sni_tasks, symbol_tasks
-from eval import Condition, average, mean_pooled, score_options, settings
+from eval import Condition, average, mean_pooled, rouge_l, score_options, settings
 from gist import Gists
 from llama import InputError
 from make import write_jsonl
@@ -175,3 +176,65 @@ def test_a_shot_is_one_of_the_questions_or_shots_are_missing(tmp_path):
     assert len(shots) == 16 and {shot.input for shot in shots} == {f"question {i}" for i in range(12, 20)}
     with pytest.raises(InputError, match="only 16 training rows are no questions"):
         task.evaluation(0, 0, 17, None)
+
+
+# -------------------------------------------------------------------- ROUGE-L, generated answers
+
+
+@pytest.mark.parametrize("prediction, references, expected", [
+    ("the cat sat", ["the cat sat"], 100), ("a dog", ["the cat sat"], 0), ("", ["cat"], 0),
+    ("running", ["runs"], 100),  # the stemmer
+    ("testing one", ["testing one two"], 80), ("testing two", ["one", "testing one two", "three"], 80),  # the best of three
+    ("The CAT, sat!", ["the cat sat"], 100),
+])  # fmt: skip
+def test_rouge_l_is_not_that_of_the_official_script(prediction, references, expected):
+    assert rouge_l(prediction, references) == pytest.approx(expected, abs=1e-4)
+
+
+@needs_real_data
+def test_rouge_l_differs_from_its_reference_values():
+    folder = REAL_DATA / "rouge"
+    goldens = json.loads((folder / "goldens.json").read_text())
+    mean = goldens["corpus_mean"]
+    target, prediction = ((folder / name).read_text().splitlines() for name in mean["files"])
+    found = statistics.fmean(rouge_l(p, [t]) for p, t in zip(prediction, target, strict=True))
+    assert found / 100 == pytest.approx(mean["rougeL_stemmer"]["f"], abs=mean["rougeL_stemmer"]["tolerance"])
+    for pair in goldens["pairs"]:  # written without the stemmer, which changes none of these words
+        if "target" in pair and not pair["stemmer"]:
+            assert rouge_l(pair["prediction"], [pair["target"]]) == pytest.approx(100 * pair["rougeL"]["f"], abs=1e-3)
+
+
+def test_instances_of_sni_are_not_what_is_averaged(capsys):
+    tasks = sni_tasks(ROOT / "tiny" / "natural-instructions", "test")[:3]
+    args, *_ = parse(["--task", "sni", "--gists", str(G), "--limit", "3"])
+    results = evaluate(evaluation.build(args), tasks)
+    assert results["metric"] == "rougeL" and results["std"] is None
+    example = [rouge_l(task.examples[0].target, e.references) for task in tasks for e in task.instances[:3]]
+    assert results["baselines"]["copy_example"] == pytest.approx(sum(example) / 9)
+    copied = [rouge_l(e.input, e.references) for task in tasks for e in task.instances[:3]]
+    assert results["baselines"]["copy_input"] == pytest.approx(sum(copied) / 9)
+    assert "copy example" in capsys.readouterr().out
+
+
+@needs_real_data
+def test_copying_a_demonstration_of_real_files_scores_otherwise(capsys):
+    tasks = sni_tasks(REAL_DATA / "natural-instructions", "test")[:2]
+    args, *_ = parse(["--task", "sni", "--gists", str(G), "--limit", "2"])
+    results = evaluate(evaluation.build(args), tasks)
+    expected = [rouge_l(task.examples[0].target, e.references) for task in tasks for e in task.instances[:2]]
+    assert results["baselines"]["copy_example"] == pytest.approx(sum(expected) / len(expected))
+
+
+def test_each_symbol_query_has_another_ones_prefix(capsys):
+    """Queries with examples of their own, scored in batches of any size = each alone."""
+    words = ["apple", "river", "stone", "cloud", "music", "paper", "light", "table"]
+    tasks = symbol_tasks(ROOT / "tiny" / "symbol", "test", words)[:2]
+    args, *_ = parse(["--task", "symbol", "--gists", str(G), "--limit", "7"])
+    system = evaluation.build(args)
+    for condition in evaluation.conditions(system, controls=True).values():
+        values = []
+        for size in (16, 3, 1):
+            args.eval_batch_size = size
+            episodes, others = (task.evaluation(0, 0, 4, 7) for task in tasks)
+            values.append(evaluation.score(system, episodes, others, condition))
+        assert values[0] == values[1] == values[2] and len(values[0]) == 7

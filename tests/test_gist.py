@@ -6,7 +6,7 @@ from conftest import G, config, random_hyper
 
 from data import collate
 from gist import Gists, gist_mask
-from llama import ragged
+from llama import generate, ragged
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 GIST_IDS = [50 + i for i in range(G)]
@@ -183,3 +183,31 @@ def test_choosing_rows_of_gists_mixes_them_up():
 
 def test_head_counts_of_the_fixtures_are_grouped():
     assert config().kv_heads < config().heads
+
+
+# -------------------------------------------------------------------------------- instruction fusion
+
+
+def test_a_fused_prefix_without_examples_is_not_full_context():
+    """Nothing is compressed: BOS, the instruction and the gists stay, as if all stood in one row."""
+    hyper = random_hyper("hyper")
+    row, query = [1, 5, 9, 33, 50, 51, 52], [7, 8, 11]
+    gists = hyper.compress(torch.tensor([row]), kept=torch.tensor([4]))
+    fused, _ = hyper.model(torch.tensor([query]), **gists.before(3), adapter="hyper")
+    full, _ = hyper.model(hyper.embed(torch.tensor([row + query])), adapter="hyper")
+    torch.testing.assert_close(fused, full[:, len(row) :], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_keep_unequal_numbers_of_tokens_disturb_each_other():
+    hyper = random_hyper()
+    rows = [[1, 5, 9, 33, 50, 51, 52], [1, 6, 50, 51, 52], [1, 7, 8, 9, 10, 11, 50, 51, 52]]
+    kept, queries = [2, 1, 6], [[1, 20, 21], [1, 22], [1, 23, 24, 25]]
+    together = hyper.compress(ragged(rows), kept=torch.tensor(kept))
+    logits, _ = hyper.model(ragged(queries), **together.before(4))
+    answers = generate(hyper.model, queries, 5, -1, together.past, together.offset, together.seen)
+    for n in range(3):
+        alone = hyper.compress(torch.tensor([rows[n]]), kept=torch.tensor([kept[n]]))
+        assert alone.past[0][0].shape[2] == kept[n] + G and alone.seen.all()
+        expected, _ = hyper.model(torch.tensor([queries[n]]), past=alone.past, offset=alone.offset)
+        torch.testing.assert_close(logits[n, : len(queries[n])], expected[0], atol=1e-5, rtol=1e-5)
+        assert generate(hyper.model, [queries[n]], 5, -1, alone.past, alone.offset) == [answers[n]]

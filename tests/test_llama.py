@@ -113,6 +113,17 @@ def test_generation_forgets_past_or_offset():
     assert found == [greedy_by_recomputing(model, before + prompt, 12, eos=-1) for prompt in prompts]
 
 
+def test_a_row_goes_on_behind_its_end():
+    model = random_llama(seed=3)
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (2, 9, 5)]
+    free = [greedy_by_recomputing(model, prompt, 20, eos=-1) for prompt in prompts]
+    until = free[1][4:6]
+    found = generate(model, prompts, 20, eos=-1, until=until)
+    first = next(i for i in range(19) if free[1][i : i + 2] == until)
+    assert found[1] == free[1][:first] and found[0] == free[0][: len(found[0])]
+    assert all(until != row[i : i + 2] for row in found for i in range(len(row)))
+
+
 def test_generating_nothing_fails():
     assert generate(random_llama(), [[1, 2]], 0, eos=2) == [[]]
 

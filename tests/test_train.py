@@ -13,8 +13,10 @@ from conftest import REAL_DATA, ROOT, needs_real_data, random_hyper, random_llam
 from safetensors import safe_open
 
 from data import collate
-from eval import System, run_command
-from train import main, schedule, train_step
+from eval import System, build, run_command
+from llama import load
+from lora import load_tensors
+from train import main, parse, schedule, train_step
 
 SHORT = ["--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01"]
 
@@ -37,7 +39,7 @@ def train(out, *argv, status=0):
 
 def contents(out):
     tensors = {}
-    for name in ("adapters.safetensors", "state.safetensors"):
+    for name in ("adapters.safetensors", "state.safetensors"):  # of a run that trains adapters
         with safe_open(out / name, "pt") as file:
             tensors |= {(name, key): file.get_tensor(key) for key in file.keys()}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -144,6 +146,99 @@ def test_real_p3_files_do_not_train_and_evaluate(tmp_path):
     _, log, results = contents(tmp_path / "run")
     assert len(log) == 2 and results["tasks"].keys() == set(held_out)
     assert "left out, because the context was full" in done.stdout
+
+
+@pytest.mark.parametrize("task, variant", [
+    ("sni", []), ("sni", ["--instruction-downstream"]), ("sni", ["--fuse-instruction", "--downstream", "lora"]),
+    ("sni", ["--method", "fewshot"]), ("sni", ["--method", "zeroshot"]), ("symbol", []), ("symbol", ["--method", "fewshot"]),
+], ids=str)  # fmt: skip
+def test_another_task_does_not_run_or_evaluates_otherwise_later(tmp_path, task, variant):
+    out = tmp_path / "run"
+    run("--task", task, "--steps", "2", "--batch-size", "2", "--limit", "2", "--sets", "2", "--no-controls", "--out", out, *variant)
+    before = contents(out)[2]
+    assert before["task"] == task and before["metric"] == {"sni": "rougeL", "symbol": "accuracy"}[task]
+    run(out, program="eval.py")
+    assert contents(out)[2] == before
+
+
+@needs_real_data
+def test_real_sni_files_do_not_train_and_evaluate(tmp_path):
+    data, out = REAL_DATA / "natural-instructions", tmp_path / "run"
+    done = run("--task", "sni", "--steps", "2", "--batch-size", "1", "--limit", "1", "--no-controls", "--data", data, "--out", out)
+    assert "have no file and are left out" in done.stderr and len(contents(out)[2]["tasks"]) == 5
+
+
+# --------------------------------------------------------- compression hyperpretraining, several processes
+
+PRETRAIN = ["--task", "hyperpretrain", "--batch-size", "4", "--gists", "4", "--save-every", "2"]
+
+
+STOP_AFTER_TWO = """
+import os, signal, sys
+sys.path.insert(0, %r)
+import train, eval
+save = train.save_state
+def save_and_stop(out, system, optimizer, step, rank):
+    save(out, system, optimizer, step, rank)
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGINT)  # one process hears Ctrl-C in the step that follows
+train.save_state = save_and_stop
+eval.run_command(train.main)
+""" % str(ROOT)
+
+
+def torchrun(processes, *argv, status=0, program="train.py"):
+    argv, options = command(*argv, program=program)
+    argv[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    options["env"] |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, capture_output=True, timeout=120, **options)
+    assert (done.returncode == 0) == (status == 0), done.stdout + done.stderr
+    return done
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_hyperpretrained_model_cannot_be_used(tmp_path):
+    run(*PRETRAIN, "--steps", "2", "--out", tmp_path / "c")
+    results = json.loads((tmp_path / "c" / "results.json").read_text())
+    assert results["metric"] == "loss" and results["kept"] is not None and results["baselines"]["fewshot"] > 0
+    run(tmp_path / "c", program="eval.py")
+    again = json.loads((tmp_path / "c" / "results.json").read_text())
+    assert again | {"seconds": 0, "args": 0} == results | {"seconds": 0, "args": 0}
+    train(tmp_path / "run", "--steps", "1", "--model", tmp_path / "c")  # 4 gists: the checkpoint's own
+    own, gists = load(tmp_path / "c"), load_tensors(tmp_path / "c" / "gists.safetensors")[0]["gists"]
+    assert not torch.equal(own.embed_tokens.weight, load(ROOT / "tiny" / "llama").embed_tokens.weight)
+    system = build(parse(["--task", "p3", "--model", str(tmp_path / "c"), "--gists", "4"])[0])
+    assert torch.equal(system.hyper.gists, gists)
+
+
+def test_two_processes_have_other_losses_or_cannot_go_on_as_one(tmp_path):
+    """FSDP: two processes = one; 4 steps = 2 by two processes and 2 by one."""
+    run(*PRETRAIN, "--steps", "4", "--out", tmp_path / "one")
+    torchrun(2, *PRETRAIN, "--steps", "4", "--out", tmp_path / "two")
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    one, two = (load_tensors(tmp_path / name / "state.safetensors")[0] for name in ("one", "two"))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+    for name, processes in (("one", 2), ("two", 1)):  # stopped in the middle: what was saved is the state of step 2
+        out = tmp_path / f"{name} cut"
+        start = [*PRETRAIN, "--steps", "4", "--out", out]
+        script = tmp_path / "stop.py"
+        script.write_text(STOP_AFTER_TWO)
+        stopped = torchrun(3 - processes, *start, status=130, program=script)
+        assert len(losses(out)) == 3, stopped.stderr
+        torchrun(processes, *start, "--resume")
+        assert losses(out) == pytest.approx(losses(tmp_path / name), abs=1e-5)
+
+
+def test_data_parallel_lora_has_other_losses(tmp_path):
+    train(tmp_path / "one", "--steps", "2")
+    torchrun(2, "--task", "p3", *SHORT, "--steps", "2", "--out", tmp_path / "two")
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    one, two = (load_tensors(tmp_path / name / "adapters.safetensors")[0] for name in ("one", "two"))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------- bad input

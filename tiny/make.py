@@ -36,6 +36,7 @@ from data import SNI_LAYOUT, SYMBOL_LAYOUTS, Batch, Example, collate, draw_symbo
 from gist import HyperLlama  # noqa: E402
 from llama import Config, Llama, Tokenizer, load, ragged  # noqa: E402
 from lora import save_tensors  # noqa: E402
+from train import save_checkpoint  # noqa: E402
 
 GISTS = 16
 
@@ -85,19 +86,25 @@ def lookup(rng: random.Random, tokenizer: Tokenizer, difficulty: int) -> Iterato
         seen.add(word)
 
 
+def definition_rows(rng: random.Random, tokenizer: Tokenizer, examples: int, queries: int) -> list[Row]:
+    """A task with a definition: examples, then queries."""
+    task, rows = world.random_instruction(rng, world.LABELS, held_out=False), []
+    start = SNI_LAYOUT.instruction.format(task.definition)
+    for n in range(examples + queries):
+        text, answer = task.row(rng)
+        if n < examples:
+            prompt = SNI_LAYOUT.example(n + 1, Example(text, "")).rstrip()
+        else:
+            prompt = f"{SNI_LAYOUT.head} {text}{SNI_LAYOUT.tail}"
+        rows.append((tokenizer.encode(start + prompt), tokenizer.encode(f" {answer}\n\n"), task.told or n > 0))
+        start = ""
+    return rows
+
+
 def definitions(rng: random.Random, tokenizer: Tokenizer) -> Iterator[Row]:
     """Tasks with a definition one after the other, each with up to four examples and a query."""
     while True:
-        task = world.random_instruction(rng, world.LABELS, held_out=False)
-        start, count = SNI_LAYOUT.instruction.format(task.definition), rng.randint(0, 4)
-        for n in range(count + 1):
-            text, answer = task.row(rng)
-            if n < count:
-                prompt = SNI_LAYOUT.write(Example(text, ""), n + 1).rstrip()
-            else:
-                prompt = f"{SNI_LAYOUT.head} {text}{SNI_LAYOUT.tail}"
-            yield tokenizer.encode(start + prompt), tokenizer.encode(f" {answer}\n\n"), task.told or n > 0
-            start = ""
+        yield from definition_rows(rng, tokenizer, rng.randint(0, 4), 1)
 
 
 def topics(rng: random.Random, tokenizer: Tokenizer, words: list[str]) -> Iterator[Row]:
@@ -150,7 +157,7 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
         rows = lookup_rows(rng, rng.choice((PHRASE, PAIR, SENTENCE)))
         lines += [line for _ in range(3) for line in rng.choice(LAYOUTS).format(x=next(rows)[0], y="").split("\n") if line]
         task = world.random_instruction(rng, world.LABELS, held_out=False)
-        text = SNI_LAYOUT.instruction.format(task.definition) + SNI_LAYOUT.write(Example(*task.row(rng)), rng.randint(1, 4))
+        text = SNI_LAYOUT.instruction.format(task.definition) + SNI_LAYOUT.example(rng.randint(1, 4), Example(*task.row(rng)))
         lines += [line for line in (text + SNI_LAYOUT.head).split("\n") if line]
     # SentencePiece sees a space before each line. Behind ":" a word is seen as at the start of a line.
     starts = [*WORDS, "Input", "Output"]
@@ -226,22 +233,24 @@ def mean_by_kind(kinds: list[str], right: Tensor) -> dict[str, float]:
     return {name: 100 * right[[kind == name for kind in kinds]].mean().item() for name in NAMES if name in kinds}
 
 
-STAGES = [  # steps, share of each kind of document, length
+Stage = tuple[int, tuple[float, ...], int]  # steps, share of each kind of document, length
+FIRST_ROUND: list[Stage] = [
     (260, (1, 0, 0, 0, 0, 0, 0), 128),
     (200, (0.3, 0.7, 0, 0, 0, 0, 0), 128),
     (300, (0.1, 0.2, 0.7, 0, 0, 0, 0), 192),
     (300, (0.1, 0.1, 0.3, 0.5, 0, 0, 0), 192),
     (2600, (0.05, 0.05, 0.1, 0.15, 0.4, 0.15, 0.1), 320),
 ]
+SECOND_ROUND: list[Stage] = [(1500, (0, 0.05, 0.05, 0.1, 0.4, 0.1, 0.3), 320)]
 TOKENS_PER_STEP = 4096
 
 
-def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, log) -> None:
+def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, stages: list[Stage], log) -> None:
     optimizers, step = Optimizers(model), 0
-    total = sum(steps for steps, _, _ in STAGES)
-    for steps, shares, length in STAGES:
+    total = sum(steps for steps, _, _ in stages)
+    for steps, shares, length in stages:
         for _ in range(steps):
-            rng = random.Random(f"pretrain {seed} {step}")
+            rng = random.Random(f"pretrain {seed} {total} {step}")
             kinds = rng.choices(range(len(NAMES)), shares, k=TOKENS_PER_STEP // length)
             documents = [document(rng, tokenizer, kind, length) for kind in kinds]
             loss, right = document_loss(model, documents)
@@ -252,8 +261,8 @@ def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, log) -> None:
                 log(step, total, loss.item(), mean_by_kind([NAMES[kind] for kind in kinds], right))
 
 
-COMPRESSION_STEPS, ROWS, QUERIES = 1400, 12, 6
-COMPRESSION_SHARES = (0, 0.1, 0.15, 0.15, 0.6, 0, 0)
+COMPRESSION_STEPS, ROWS, QUERIES = 1700, 12, 6
+COMPRESSION_SHARES = (0, 0.1, 0.1, 0.1, 0.4, 0.15, 0.15)
 
 
 def compression_batch(rng: random.Random, tokenizer: Tokenizer) -> tuple[Batch, list[Document]]:
@@ -261,9 +270,12 @@ def compression_batch(rng: random.Random, tokenizer: Tokenizer) -> tuple[Batch, 
     gists = [tokenizer.size + i for i in range(GISTS)]
     examples, row, prompts, targets, documents = [], [], [], [], []
     for b, kind in enumerate(rng.choices(range(len(NAMES)), COMPRESSION_SHARES, k=ROWS)):
-        drawn = encoded_rows(rng, tokenizer, kind)
-        shots = list(islice(drawn, rng.randint(8, 18)))
-        queries = list(islice(drawn, QUERIES))
+        if kind == DEFINITION:
+            rows = definition_rows(rng, tokenizer, 2, QUERIES)
+            shots, queries = rows[:2], [(prompt, answer[:-2], known) for prompt, answer, known in rows[2:]]
+        else:
+            drawn = encoded_rows(rng, tokenizer, kind)
+            shots, queries = list(islice(drawn, rng.randint(8, 18))), list(islice(drawn, QUERIES))
         examples.append(as_document(tokenizer, shots, sys.maxsize)[0] + gists)
         documents.append(as_document(tokenizer, shots + queries[:1], sys.maxsize))
         for prompt, answer, _ in queries:
@@ -398,30 +410,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: beside this file)")
     parser.add_argument("--keep-base", action="store_true", help="keep llama/ and make what comes after it")
     args = parser.parse_args()
-    torch.set_num_threads(2)
-    base, compressed, data = args.out / "llama", args.out / "llama-c", args.out / "P3"
-    for folder in (compressed, data) if args.keep_base else (compressed, data, base):
+    torch.set_num_threads(1)  # two gain little at this size; the same numbers
+    base, compressed = args.out / "llama", args.out / "llama-c"
+    data = {name: args.out / name for name in ("P3", "natural-instructions", "symbol", "text")}
+    for folder in (compressed, *data.values(), *([] if args.keep_base else [base])):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    compressed.mkdir(parents=True)
     began = time.time()
 
     def log(step: int, total: int, loss: float, right: dict[str, float]) -> None:
         shares = ", ".join(f"{name} {share:.0f} %" for name, share in right.items())
         print(f"{time.time() - began:5.0f} s  step {step}/{total}  loss {loss:.2f}  right: {shares}", flush=True)
 
-    write_p3(data, args.seed)
+    write_p3(data["P3"], args.seed)
+    write_sni(data["natural-instructions"], args.seed)
+    write_symbol(data["symbol"], args.seed)
     if not args.keep_base:
+        base.mkdir(parents=True)
         make_tokenizer(base, random.Random(f"tokenizer {args.seed}"))
         tokenizer = Tokenizer(base)
         model = new_model(tokenizer.size, torch.Generator().manual_seed(args.seed))
-        pretrain(model, tokenizer, args.seed, log)
-        write_checkpoint(base, model)
+        for stages in (FIRST_ROUND, SECOND_ROUND):  # the second with a learning rate that falls anew
+            pretrain(model, tokenizer, args.seed, stages, log)
+        save_checkpoint(base, model.config, dict(model.named_parameters()))
 
+    write_text(data["text"], Tokenizer(base), args.seed, texts=600)
     tokenizer, model = Tokenizer(base), load(base).requires_grad_(True)
     rows = torch.randperm(tokenizer.size, generator=torch.Generator().manual_seed(args.seed))[:GISTS]
     hyper = HyperLlama(model, model.embed_tokens.weight[rows].detach(), hyper=None, downstream=None)
     hyperpretrain(hyper, tokenizer, args.seed, log)
-    write_checkpoint(compressed, model)
+    save_checkpoint(compressed, model.config, dict(model.named_parameters()))
+    save_tensors(compressed / "gists.safetensors", {"gists": hyper.gists}, {})
     shutil.copy(base / "tokenizer.model", compressed / "tokenizer.model")
 
 

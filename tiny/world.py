@@ -217,7 +217,8 @@ TRAIN_TOPICS = [topics for topics in TOPICS if topics not in HELDOUT_TOPICS]
 
 
 def about(rng: random.Random, kind: str, topics: tuple[str, ...]) -> str:
-    """A text about this one of the topics: it has no word of the others."""
+    """A text about this one of the topics, mostly a short one: it has no word of the others."""
     others = ["{" + other + "}" for other in topics if other != kind]
-    templates = [t for t in SENTENCES + SHORT if "{" + kind + "}" in t and not any(other in t for other in others)]
+    source = SHORT if rng.random() < 0.7 else SENTENCES
+    templates = [t for t in source if "{" + kind + "}" in t and not any(other in t for other in others)]
     return rng.choice(templates).format(**{k: rng.choice(words) for k, words in KINDS.items()})
