@@ -470,6 +470,41 @@ def print_lines(lines: list[list[str]]) -> None:
         print(line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])), sep="  ")
 
 
+def compare(rows: list[Path]) -> str:
+    """A table in Markdown of the runs in some folders: a line per folder, mean ± standard deviation over its runs."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        values = found.setdefault(row.name.replace("_", " "), {})
+        paths = sorted(row.glob("*/results.json"))
+        if not paths:
+            raise InputError(f"{row}: holds no runs with results.json")
+        for path in paths:
+            try:
+                results = json.loads(path.read_text())
+                log = path.with_name("log.jsonl")
+                training = [json.loads(line)["seconds"] for line in log.read_text().splitlines()] if log.exists() else []
+                columns = {"result": results["average"]} | results["baselines"] | results["controls"]
+                columns |= {"share kept, %": results["kept"]} if "kept" in results else {}
+                columns["seconds"] = results["seconds"] + sum(training)
+                metric, args = results["metric"], results["args"]
+            except (OSError, ValueError, KeyError, TypeError) as problem:
+                raise InputError(f"{path}: not the results of a run ({problem})") from None
+            for name, value in columns.items():
+                values.setdefault(name, []).append(value)
+    names = {name: None for values in found.values() for name in values if name != "seconds"}
+    digits = 3 if metric == "loss" else 1
+    heads = [COLUMNS.get(name, name).format(**args) if name in COLUMNS else name for name in names]
+    lines = [f"| {metric} | " + " | ".join([*heads, "seconds a run"]) + " |", "|---" * (len(names) + 2) + "|"]
+    for row, values in found.items():
+        cells = []
+        for name in names:
+            some = values.get(name)
+            spreading = f" ± {statistics.stdev(some):.{digits}f}" if some and len(some) > 1 else ""
+            cells.append(f"{statistics.fmean(some):.{digits}f}{spreading}" if some else "")
+        lines.append("| " + " | ".join([row, *cells, f"{statistics.fmean(values['seconds']):.0f}"]) + " |")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------- text, after hyperpretraining
 
 WINDOWS = 64  # stretches of text to evaluate on
@@ -625,37 +660,43 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path]:
     """What to evaluate, and the folder for the result: a run's own, with its arguments, or a new one."""
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run; without it, a plain Llama")
+    parser.add_argument("--out", metavar="DIR", help="where to write results.json (default: the run's folder, or runs/eval-…)")
+    parser.add_argument("--table", nargs="+", metavar="DIR", help="only print a table of runs: a line for each folder of runs")
     add_options(parser)
-    plain = {option.dest: option.default for option in parser._actions if option.dest not in ("help", "run")}
+    plain = {option.dest: option.default for option in parser._actions if option.dest not in ("help", "run", "out", "table")}
     parser.set_defaults(**dict.fromkeys(plain))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    run = given.pop("run", None)
+    run, out, table = (given.pop(name, None) for name in ("run", "out", "table"))
+    if table:
+        print(compare([Path(folder) for folder in table]))
+        sys.exit()
     if run is None:
         args = argparse.Namespace(**plain | given)
         if args.task in (None, "hyperpretrain") or args.method == "hyper":
             raise InputError("name a RUN, or a plain Llama: --model DIR --task p3 --method fewshot (or zeroshot)")
         complete(args)
         args.sets = args.sets or (10 if args.task == "symbol" else 1)
-        return args, Path("runs") / f"eval-{args.task}-{args.method}"
+        return args, Path(out or f"runs/eval-{args.task}-{args.method}")
     for name in given.keys() - {*EVALUATION, *MOVABLE}:
         raise InputError(f"--{name.replace('_', '-')}: {run} was trained with its own, which can't be changed")
     args = argparse.Namespace(**read_args(Path(run)) | given)
     if args.task == "hyperpretrain" and "model" not in given:
         args.model = run  # what was trained is a whole model
-    return args, Path(run)
+    args.run = run
+    return args, Path(out or run)
 
 
 def main() -> None:
     args, folder = settings()
-    is_run = (folder / "args.json").exists()
+    run = vars(args).pop("run", None)
     if args.task == "hyperpretrain":
         system = build(args, trained=False)
         results = evaluate_text(system, TextBatches(args.data, system.formatter, system.gist_ids))
     else:
-        system = build(args, trained=is_run)
+        system = build(args, trained=run is not None)
         tasks = load_tasks(args, system.tokenizer, "test")
-        if is_run:
-            load_trained(system, folder)
+        if run is not None:
+            load_trained(system, Path(run))
         results = evaluate(system, *prepare(system, tasks))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)

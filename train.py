@@ -58,7 +58,7 @@ DEFAULTS_OF_TASK = {
     ("large", "hyperpretrain"): {"steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5},
     ("tiny", "hyperpretrain"): {"batch_size": 24, "lr": 3e-3, "gist_lr": 3e-3, "context": 145, "query_length": 65},
     ("large", "symbol"): {"sets": 10},
-    ("tiny", "symbol"): {"sets": 10},
+    ("tiny", "symbol"): {"sets": 10, "limit": 20},
     ("tiny", "sni"): {"sets": 1},
 }
 TINY_WIDTH = 512  # models narrower than this get the miniature's defaults

@@ -96,15 +96,18 @@ def definition_rows(rng: random.Random, tokenizer: Tokenizer, examples: int, que
             prompt = SNI_LAYOUT.example(n + 1, Example(text, "")).rstrip()
         else:
             prompt = f"{SNI_LAYOUT.head} {text}{SNI_LAYOUT.tail}"
-        rows.append((tokenizer.encode(start + prompt), tokenizer.encode(f" {answer}\n\n"), task.told or n > 0))
+        end = "\n\n" if n < examples else ""
+        rows.append((tokenizer.encode(start + prompt), tokenizer.encode(f" {answer}{end}"), task.told or n > 0))
         start = ""
     return rows
 
 
 def definitions(rng: random.Random, tokenizer: Tokenizer) -> Iterator[Row]:
-    """Tasks with a definition one after the other, each with up to four examples and a query."""
+    """Tasks with a definition one after the other, each with up to four examples and a query, as texts of their own."""
     while True:
-        yield from definition_rows(rng, tokenizer, rng.randint(0, 4), 1)
+        *rows, (prompt, answer, known) = definition_rows(rng, tokenizer, rng.randint(0, 4), 1)
+        yield from rows
+        yield prompt, answer + [tokenizer.eos, tokenizer.bos], known
 
 
 def topics(rng: random.Random, tokenizer: Tokenizer, words: list[str]) -> Iterator[Row]:
@@ -272,7 +275,7 @@ def compression_batch(rng: random.Random, tokenizer: Tokenizer) -> tuple[Batch, 
     for b, kind in enumerate(rng.choices(range(len(NAMES)), COMPRESSION_SHARES, k=ROWS)):
         if kind == DEFINITION:
             rows = definition_rows(rng, tokenizer, 2, QUERIES)
-            shots, queries = rows[:2], [(prompt, answer[:-2], known) for prompt, answer, known in rows[2:]]
+            shots, queries = rows[:2], rows[2:]
         else:
             drawn = encoded_rows(rng, tokenizer, kind)
             shots, queries = list(islice(drawn, rng.randint(8, 18))), list(islice(drawn, QUERIES))
