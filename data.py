@@ -212,6 +212,7 @@ class Layout:
     shot         an example: {n} its number, {input}, {target}
     head, tail   what stands before and behind the input of a query (which may lose its beginning)
     space        what stands before the input and the target of a query
+    end          what follows a target where examples stand in a row: an untouched model goes on with it
     """
 
     shot: str
@@ -219,6 +220,7 @@ class Layout:
     tail: str
     space: str = ""
     instruction: str = "{}"
+    end: str = "\nInput:\n"
 
     def example(self, n: int, example: Example) -> str:
         return self.shot.format(n=n, input=example.input, target=example.target)
@@ -233,11 +235,12 @@ SNI_LAYOUT = Layout(
     "\nOutput:",
     " ",
     "Definition: {}\n\n",
+    "\n\n",
 )
 
 # The ten formats of symbol tuning (Wei et al. 2023): what stands before the input, and before the label.
 SYMBOL_LAYOUTS = [
-    Layout(f"\n{before} {{input}}{between} {{target}}", "\n" + before, between, " ")
+    Layout(f"\n{before} {{input}}{between} {{target}}", "\n" + before, between, " ", end="\n" + before)
     for before, between in (
         ("Input:", "\nOutput:"),
         ("Input:", "\nTarget:"),
@@ -850,6 +853,47 @@ class TaskBatches:
             if queries:
                 return replace(episode, queries=queries)
         raise InputError(f"no target fits into {self.formatter.downstream} tokens (--query-length)")
+
+
+@dataclass
+class PrefixBatches:
+    """Training batches for prefix tuning: for each row of a run, a query of every task behind its own prefix.
+
+    shared: one prefix for all tasks; each row is a query of one of them, drawn by weight.
+    """
+
+    tasks: Sequence[P3Task]
+    formatter: Formatter
+    shared: bool = False
+
+    def __call__(self, seed: int, rows: Sequence[int]) -> Batch:
+        """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
+        row, prompts, targets = [], [], []
+        for number in rows:
+            for t, task in enumerate([None] if self.shared else self.tasks):
+                episode = self.draw(random.Random(f"{seed} {task.name if task else 'shared'} {number}"), task)
+                (query,) = episode.queries
+                target = self.formatter.target(episode, query.target) + [self.formatter.tokenizer.eos]
+                row.append(t)
+                prompts.append(self.formatter.query(episode, query, self.formatter.downstream - len(target), False))
+                targets.append(target)
+        return collate(None, row, prompts, targets)
+
+    def draw(self, rng: random.Random, task: P3Task | None) -> Episode:
+        for _ in range(100):
+            drawn = task or rng.choices(self.tasks, [t.weight for t in self.tasks])[0]
+            episode = drawn.draw(rng, 0, 1)
+            if self.formatter.fits(episode.queries[0]):
+                return episode
+        raise InputError(f"no target fits into {self.formatter.downstream} tokens (--query-length)")
+
+
+# The eight prompts that the paper tunes prefixes on.
+PREFIX_PROMPTS = (
+    "anli_GPT_3_style_r1 hellaswag_complete_first_then super_glue_cb_GPT_3_style "
+    "super_glue_copa_C1_or_C2_premise_so_because_ super_glue_rte_GPT_3_style super_glue_wic_GPT_3_prompt "
+    "super_glue_wsc.fixed_GPT_3_Style winogrande_winogrande_debiased_Replace"
+).split()
 
 
 # --------------------------------------------------------------- text, for compression hyperpretraining

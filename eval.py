@@ -8,7 +8,9 @@ values of the examples themselves, or nothing. So one function scores them all.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -19,26 +21,34 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from data import (
+    P3_LAYOUT,
+    PREFIX_PROMPTS,
+    SNI_LAYOUT,
+    SYMBOL_LAYOUTS,
     Episode,
+    Example,
     Formatter,
+    JsonLines,
     P3Task,
     SNITask,
     SymbolTask,
     TextBatches,
+    as_text,
     collate,
     p3_tasks,
     read_words,
     sni_tasks,
     symbol_tasks,
 )
-from gist import Gists, HyperLlama
-from llama import InputError, Linear, Llama, Tokenizer, generate, holes_mask, load, ragged, read_config, real
+from gist import Gists, HyperLlama, SoftPrefix, combine, load_gists, save_gists
+from llama import Config, InputError, Linear, Llama, Tokenizer, generate, holes_mask, load, ragged, read_config, real
 from lora import NF4Linear, add_lora, assign, load_tensors
 
 # --------------------------------------------------------------------------------- a model to evaluate
@@ -51,7 +61,7 @@ class System:
     args: argparse.Namespace
     tokenizer: Tokenizer
     formatter: Formatter
-    hyper: HyperLlama
+    hyper: HyperLlama | SoftPrefix
 
     @property
     def model(self) -> Llama:
@@ -59,14 +69,18 @@ class System:
 
     @property
     def device(self) -> torch.device:
-        return self.hyper.gists.device
+        return self.model.embed_tokens.weight.device
 
     @property
     def gist_ids(self) -> list[int]:
-        return [self.model.config.vocab + i for i in range(len(self.hyper.gists))]
+        return [self.model.config.vocab + i for i in range(self.args.gists if self.args.method == "hyper" else 0)]
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.hyper.named_parameters() if p.requires_grad}
+
+    def trained(self) -> dict[str, Tensor]:
+        """What training leaves behind: the trained parameters, and where prefixes that are trained themselves end."""
+        return self.trainable() | dict(self.hyper.named_buffers())
 
 
 ROOM_FOR_EXAMPLES = 32  # tokens of a row of examples that must not be gists
@@ -103,6 +117,11 @@ def build(args: argparse.Namespace, trained: bool = True) -> System:
 
     model = load(args.model, device, dtype, NF4Linear if args.quantize else Linear)
     generator = torch.Generator().manual_seed(args.seed)
+    formatter = Formatter(tokenizer, args.context, args.query_length)
+    if args.task == "prefix":
+        kind = args.init if args.init in ("reparam", "propagate") else "flat"
+        tasks = len(load_tasks(args, tokenizer, "test"))
+        return System(args, tokenizer, formatter, SoftPrefix(model, tasks, args.gists, kind, generator))
     roles = {"hyper": "hyper", "downstream": DOWNSTREAM[args.downstream]} if args.method == "hyper" else {"downstream": "downstream"}
     if whole or not trained:
         roles = {"hyper": None, "downstream": None}
@@ -113,7 +132,7 @@ def build(args: argparse.Namespace, trained: bool = True) -> System:
     hyper.gists.requires_grad_(args.method == "hyper")
     if whole and trained:
         hyper.requires_grad_(True)
-    return System(args, tokenizer, Formatter(tokenizer, args.context, args.query_length), hyper)
+    return System(args, tokenizer, formatter, hyper)
 
 
 def first_gists(args: argparse.Namespace, model: Llama, generator: torch.Generator) -> Tensor:
@@ -148,13 +167,16 @@ def load_trained(system: System, folder: Path) -> None:
     path = folder / "adapters.safetensors"
     if not path.exists():
         raise InputError(f"{folder}: this run isn't finished (no {path.name}); train.py with --resume goes on with it")
-    assign(system.trainable(), load_tensors(path)[0], path)
+    assign(system.trained(), load_tensors(path)[0], path)
 
 
 def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, split: str) -> list[P3Task] | list[SNITask] | list[SymbolTask]:
     if args.task == "symbol":
         return symbol_tasks(args.data, split, read_words(args.words) if args.words else tokenizer.words())
-    return {"p3": p3_tasks, "sni": sni_tasks}[args.task](args.data, split)
+    tasks = (sni_tasks if args.task == "sni" else p3_tasks)(args.data, split)
+    if args.task == "prefix" and split == "test":
+        return [task for task in tasks if task.name in PREFIX_PROMPTS] or tasks
+    return tasks
 
 
 # ----------------------------------------------------------------------- two ways to score an answer
@@ -228,7 +250,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 class Condition:
     """One column of the table: what stands before a query, and the LoRA set that answers."""
 
-    prefix: Callable[[list[Episode], list[Episode]], Gists] | None  # of episodes, another task's: a row for each
+    prefix: Callable[[list[Episode], list[Episode], int], Gists] | None  # of episodes, another task's, task: a row for each
     adapter: str | None = None
     instruct: bool = False  # whether the instruction stands in the query itself
     bos: bool = True  # where the examples' own BOS stands in front, a query has none
@@ -237,22 +259,38 @@ class Condition:
 def conditions(system: System, controls: bool) -> dict[str, Condition]:
     """The number itself ("main"), the untouched model as baseline, and the controls of a hypernetwork."""
     args, formatter, adapter, gists = system.args, system.formatter, system.hyper.downstream, system.gist_ids
-    instruct = args.instruction_downstream
+    instruct, sets = args.instruction_downstream, args.average or args.concat or 1
 
-    def compressed(episodes: list[Episode], _) -> Gists:
+    def compressed(episodes: list[Episode], *_) -> Gists:
+        if sets > 1:
+            return several(episodes)
         rows, lead = zip(*(formatter.context_row(episode, gists) for episode in episodes))
         kept = torch.tensor(lead, device=system.device) if args.fuse_instruction else None
         with torch.no_grad():
             return system.hyper.compress(ragged(rows, device=system.device), kept=kept)
 
+    @torch.no_grad()
+    def several(episodes: list[Episode]) -> Gists:
+        """The examples of an episode in so many sets, averaged or side by side."""
+        (episode,) = episodes
+        parts = [replace(episode, shots=episode.shots[n::sets]) for n in range(sets)]
+        rows = [formatter.context_row(part, gists)[0] for part in parts]
+        return combine(system.hyper, rows, side_by_side=bool(args.concat))
+
+    def tuned(episodes: list[Episode], _, t: int) -> Gists:
+        with torch.no_grad():
+            return system.hyper.prefix()[torch.tensor([t] * len(episodes), device=system.device)]
+
     def in_context(adapter: str | None) -> Condition:
-        def read(episodes: list[Episode], _) -> Gists:
+        def read(episodes: list[Episode], *_) -> Gists:
+            if sets > 1:  # one set, as without --average and --concat
+                episodes = [replace(episode, shots=episode.shots[: args.shots]) for episode in episodes]
             rows = [formatter.context_row(e, budget=args.context - longest(system, e))[0] for e in episodes]
             return read_rows(system, rows, adapter)
 
         return Condition(read, adapter, bos=False)
 
-    def fewer(episodes: list[Episode], _) -> Gists:
+    def fewer(episodes: list[Episode], *_) -> Gists:
         """Whole examples in as many raw tokens as there are gists; at least one."""
         apart = Formatter(formatter.tokenizer, formatter.context, formatter.downstream)  # what it leaves out isn't reported
         bare = [replace(episode, instruction="") for episode in episodes]
@@ -266,10 +304,12 @@ def conditions(system: System, controls: bool) -> dict[str, Condition]:
         "zeroshot": Condition(None, adapter, instruct=True),
     }[args.method]
     table = {"main": main, "zeroshot": Condition(None, instruct=True), "fewshot": untouched}
+    if args.task == "prefix":
+        table["main"], controls = Condition(tuned), False
     if controls and args.method == "hyper":
         table["no_prefix"] = Condition(None, adapter, instruct)
-        table["other_task"] = Condition(lambda episodes, others: compressed(others, None), adapter, instruct)
-        table["mean_pooled"] = Condition(lambda e, _: mean_pooled(untouched.prefix(e, _), len(gists)), adapter, instruct)
+        table["other_task"] = Condition(lambda episodes, others, t: compressed(others), adapter, instruct)
+        table["mean_pooled"] = Condition(lambda *given: mean_pooled(untouched.prefix(*given), len(gists)), adapter, instruct)
         table["fewer_shots"] = Condition(fewer, bos=False)
     return table
 
@@ -312,13 +352,13 @@ def ask(system: System, episode: Episode, condition: Condition) -> tuple[list[li
 
 
 @torch.no_grad()
-def score(system: System, episodes: list[Episode], others: list[Episode], condition: Condition) -> list[float]:
-    """A score in percent for each query: whether the best-scored option is right, or ROUGE-L."""
+def score(system: System, episodes: list[Episode], others: list[Episode], condition: Condition, t: int = 0) -> list[float]:
+    """A score in percent for each query of task number t: whether the best-scored option is right, or ROUGE-L."""
     size, scores = system.args.eval_batch_size, []
     for start in range(0, len(episodes), size):
         some = episodes[start : start + size]
-        elsewhere = [others[i % len(others)] for i in range(start, start + len(some))]
-        prefix = condition.prefix and condition.prefix(some, elsewhere)
+        elsewhere = [others[i % len(others)] for i in range(start, start + len(some))] if others else []
+        prefix = condition.prefix and condition.prefix(some, elsewhere, t)
         asked = [(e, query) for e, episode in enumerate(some) for query in episode.queries]
         prompts, options = ([x for xs in part for x in xs] for part in zip(*(ask(system, e, condition) for e in some)))
         found = [0.0] * len(asked)
@@ -333,9 +373,8 @@ def score(system: System, episodes: list[Episode], others: list[Episode], condit
                 values = [100.0 * (answer == query.target) for answer, query in zip(best, queries)]
             else:
                 before = {} if gists is None else {"past": gists.past, "offset": gists.offset, "seen": gists.seen}
-                # An untouched model doesn't stop after its answer, but goes on with the next example.
-                ends = {"eos": system.tokenizer.eos, "until": system.tokenizer.encode("\n\n")}
-                rows = generate(system.model, given, MAX_NEW_TOKENS, **ends, **before, adapter=condition.adapter)
+                until = system.tokenizer.encode(some[0].layout.end)
+                rows = generate(system.model, given, MAX_NEW_TOKENS, system.tokenizer.eos, **before, adapter=condition.adapter, until=until)
                 values = [rouge_l(system.tokenizer.decode(row).strip(), q.references) for row, q in zip(rows, queries)]
             for i, value in zip(at, values):
                 found[i] = value
@@ -346,7 +385,8 @@ def score(system: System, episodes: list[Episode], others: list[Episode], condit
 def prepare(system: System, tasks: Sequence) -> tuple[Sequence, list[list[list[Episode]]]]:
     """Tasks, and their episodes per draw and task. Done before training, a bad row is found in time."""
     args = system.args
-    episodes = [[task.evaluation(args.seed, n, args.shots, args.limit) for task in tasks] for n in range(args.sets)]
+    shots = args.shots * (args.average or args.concat or 1)
+    episodes = [[task.evaluation(args.seed, n, shots, args.limit) for task in tasks] for n in range(args.sets)]
     for episode in (episode for some in episodes[0] for episode in some):
         longest(system, episode)  # a query that can't be asked is found now
     system.formatter.counts.clear()
@@ -370,7 +410,7 @@ def evaluate(system: System, tasks: Sequence, episodes: list[list[list[Episode]]
                     if n and condition.prefix is None and draw[t][0].queries == episodes[0][t][0].queries:
                         scores[name][t] += scores[name][t][:1]  # no examples: each draw is the same
                         continue
-                    found = score(system, draw[t], draw[other_task(tasks, t)], condition)
+                    found = score(system, draw[t], draw[other_task(tasks, t)], condition, t)
                     scores[name][t].append(statistics.fmean(found))
     if args.task == "sni":
         scores |= copying(episodes[0])
@@ -395,7 +435,7 @@ def evaluate(system: System, tasks: Sequence, episodes: list[list[list[Episode]]
     }
 
 
-METRICS = {"p3": "accuracy", "sni": "rougeL", "symbol": "accuracy", "hyperpretrain": "loss"}
+METRICS = {"p3": "accuracy", "sni": "rougeL", "symbol": "accuracy", "hyperpretrain": "loss", "prefix": "accuracy"}
 BASELINES = ("zeroshot", "fewshot", "copy_input", "copy_example")
 
 
@@ -505,6 +545,175 @@ def compare(rows: list[Path]) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------- own examples: compress, keep, answer
+
+LAYOUTS = {"p3": P3_LAYOUT, "sni": SNI_LAYOUT, "symbol": SYMBOL_LAYOUTS[0]}  # as the run was trained
+
+
+def belongs_to(system: System, run: Path) -> dict[str, str]:
+    """Checksums of the model and the run that make and read a prefix: it means nothing to others."""
+    model = hashlib.sha256(repr(system.model.config).encode())
+    for weight in (system.model.norm.weight, system.model.embed_tokens.weight[:256]):
+        model.update(weight.detach().float().cpu().numpy().tobytes())
+    try:
+        trained = hashlib.sha256((run / "adapters.safetensors").read_bytes())
+    except OSError as problem:
+        raise InputError(f"{run / 'adapters.safetensors'}: {problem.strerror}") from None
+    return {"model": model.hexdigest()[:16], "run": trained.hexdigest()[:16]}
+
+
+@torch.no_grad()
+def compress_examples(system: System, path: Path) -> Gists:
+    """The gists of a user's own examples, a .jsonl file with input and output; says what that saves."""
+    rows = JsonLines(path)
+    examples = [Example(*(as_text(row.get(f), f"{path}: line {i + 1}: {f}") for f in ("input", "output"))) for i, row in enumerate(rows)]
+    if not examples:
+        raise InputError(f"{path}: holds no examples")
+    episode = Episode([], examples, LAYOUTS[system.args.task])
+    row, _ = system.formatter.context_row(episode, system.gist_ids)
+    left_out = system.formatter.counts["shots left out"]
+    if left_out:
+        print(f"{left_out} of {len(examples)} examples left out: they don't fit into {system.args.context} tokens", file=sys.stderr)
+    if left_out == len(examples):
+        raise InputError(f"{path}: no example fits into {system.args.context} tokens")
+    gists = system.hyper.compress(torch.tensor([row], device=system.device))
+    size = sum(x.numel() * x.element_size() for layer in gists.past for x in layer)
+    count, read = len(system.gist_ids), len(row) - len(system.gist_ids)
+    print(f"{len(examples) - left_out} examples, {read} tokens, became {count} gists: keys and values of {size:,} bytes "
+          f"instead of {size // count * read:,}, {read / count:.0f} times as many")  # fmt: skip
+    return gists
+
+
+@torch.no_grad()
+def answer(system: System, gists: Gists, text: str, options: list[str]) -> str:
+    """The answer to one input behind a prefix: the best option with its probability, or generated text."""
+    query = Example(text, "", tuple(options))
+    episode = Episode([query], [], LAYOUTS[system.args.task])
+    adapter = system.hyper.downstream
+    prompts, choices = ask(system, episode, Condition(None))
+    if options:
+        (scores,) = score_options(system.model, prompts, choices, gists, adapter, system.args.score == "mean")
+        shares = torch.tensor(scores).softmax(0).tolist()
+        best = max(range(len(options)), key=scores.__getitem__)
+        return f"{options[best]}  ({', '.join(f'{option} {100 * share:.0f} %' for option, share in zip(options, shares))})"
+    before = {"past": gists.past, "offset": gists.offset, "seen": gists.seen}
+    until = system.tokenizer.encode(episode.layout.end)
+    (tokens,) = generate(system.model, prompts, MAX_NEW_TOKENS, system.tokenizer.eos, **before, adapter=adapter, until=until)
+    return system.tokenizer.decode(tokens).strip()
+
+
+def use(system: System, run: Path, given: argparse.Namespace) -> None:
+    """Own examples to gists, gists to a file, and answers behind them: --input, else the lines of stdin."""
+    if system.args.method != "hyper" or system.args.task not in LAYOUTS:
+        raise InputError(f"{run}: has no hypernetwork to compress examples with")
+    about = belongs_to(system, run)
+    if given.examples:
+        gists = compress_examples(system, Path(given.examples))
+    else:
+        gists = load_gists(Path(given.gists_file), about, system.device)
+    if given.save_gists:
+        save_gists(Path(given.save_gists), gists, about)
+        print(f"saved as {given.save_gists}, {Path(given.save_gists).stat().st_size:,} bytes")
+    options = [option.strip() for option in (given.options or "").split(",") if option.strip()]
+    if given.input is not None:
+        print(answer(system, gists, given.input, options))
+    elif not given.save_gists:
+        for line in sys.stdin:
+            if line.strip():
+                print(answer(system, gists, line.strip(), options), flush=True)
+
+
+# ------------------------------------------------------------------------------------------- the cost
+
+LLAMA_2_7B = Config(32000, 4096, 32, 32, 32, 128, 11008, 1e-5, 10000.0, 4096)
+
+
+def flops(c: Config, tokens: int, past: int = 0, logits: int = 0, rank: int = 0, keys_values_only: bool = False) -> int:
+    """Floating-point operations of the matrix products of one forward pass; rank: of a LoRA set that acts.
+
+    As they are computed: every query against every key, also those that the causal mask hides.
+    """
+    q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
+
+    def linears(*shapes: tuple[int, int]) -> int:
+        return sum(2 * tokens * (m * n + rank * (m + n)) for m, n in shapes)
+
+    made = linears((c.width, kv), (c.width, kv))  # keys and values
+    rest = linears((c.width, q), (q, c.width), *[(c.width, c.hidden)] * 2, (c.hidden, c.width))
+    attention = 2 * 2 * tokens * (past + tokens) * q
+    layers = c.layers * made + (c.layers - keys_values_only) * (rest + attention)
+    return layers + 2 * logits * c.width * c.vocab
+
+
+def print_cost(system: System, tasks: Sequence) -> None:
+    """What examples cost in context, kept as keys and values, and as gists (compression included)."""
+    args, formatter = system.args, system.formatter
+    drawn = [task.evaluation(args.seed, 0, args.shots, 20)[0] for task in tasks]
+    examples = round(statistics.fmean(len(formatter.context_row(e, budget=args.context - args.gists)[0]) for e in drawn))
+    query = round(statistics.fmean(len(p) for e in drawn for p in ask(system, e, Condition(None))[0]))
+    G = args.gists
+    print(f"{examples} tokens of examples, {query} of a query (means of {args.data}), {G} gists; one logit row a query\n")
+    adapted = args.rank if system.hyper.downstream else 0
+    for name, c, size in ((args.model, system.model.config, system.model.embed_tokens.weight.element_size()), ("Llama-2-7B, bf16", LLAMA_2_7B, 2)):
+        bytes_of = 2 * c.layers * c.kv_heads * c.head_size * size  # of one token's keys and values
+        ways = {  # once, per query, tokens kept
+            "in context": (0, flops(c, examples + query, logits=1), 0),
+            "examples kept": (flops(c, examples, keys_values_only=True), flops(c, query, examples, 1), examples),
+            "gists": (flops(c, examples + G, 0, 0, args.rank, True), flops(c, query, G, 1, adapted), G),
+        }
+        once, each, _ = ways["gists"]
+        lines = [[name, "GFLOP once", "GFLOP a query", "bytes kept", "gists ahead after"]]
+        for way, (first, then, kept) in ways.items():
+            after = "never" if then <= each else f"{max(1, math.floor((once - first) / (then - each)) + 1):,} queries"
+            lines.append([way, f"{first / 1e9:,.2f}", f"{then / 1e9:,.3f}", f"{kept * bytes_of:,}", "" if way == "gists" else after])
+        print_lines(lines)
+        print()
+
+
+# ---------------------------------------------------------------------------------------- the picture
+
+
+def plot(runs: list[Path], path: Path) -> None:
+    """Curves of several runs in one picture: held-out accuracy where it was measured, else the loss.
+
+    Runs that differ only in their seed make one curve: the mean, and a band of one standard deviation.
+    """
+    import matplotlib  # slow to import, and only needed here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves: dict[str, list[dict[int, float]]] = {}
+    measured = []
+    for run in runs:
+        args = read_args(run)
+        try:
+            lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as problem:
+            raise InputError(f"{run / 'log.jsonl'}: can't be read ({problem})") from None
+        measured.append(any("accuracy" in line for line in lines))
+        label = args.get("init") or f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
+        key = "accuracy" if measured[-1] else "loss"
+        curves.setdefault(label, []).append({line["step"]: line[key] for line in lines if key in line})
+    if len(set(measured)) != 1:
+        raise InputError("--plot: some of these runs measured accuracy and others only a loss")
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for label, some in curves.items():
+        steps = sorted(set.intersection(*(set(curve) for curve in some)))
+        means = np.array([statistics.fmean(curve[step] for curve in some) for step in steps])
+        sds = np.array([statistics.stdev(curve[step] for curve in some) if len(some) > 1 else 0.0 for step in steps])
+        (line,) = axes.plot(steps, means, label=f"{label} ({len(some)} seeds)" if len(some) > 1 else label, linewidth=1.8)
+        axes.fill_between(steps, means - sds, means + sds, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="step", ylabel="accuracy on held-out rows, %" if measured[0] else "loss per token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as problem:
+        raise InputError(f"{path}: can't be written ({problem.strerror})") from None
+    print(f"written: {path}")
+
+
 # ---------------------------------------------------------------------- text, after hyperpretraining
 
 WINDOWS = 64  # stretches of text to evaluate on
@@ -596,12 +805,14 @@ def add_options(parser: Parser) -> None:
         help="also without a prefix, with another task's, with mean-pooled keys and values, with fewer shots")  # fmt: skip
     add("--sets", type=positive, help="draws of examples, for mean and standard deviation")
     add("--limit", type=positive, help="rows of a held-out task to score (default: all)")
+    add("--average", type=positive, metavar="N", help="p3: average the gists of N sets of examples")
+    add("--concat", type=positive, metavar="N", help="p3: the gists of N sets of examples side by side")
     add("--score", choices=["sum", "mean"], default="sum", help="of an option's token log-probabilities")
     add("--eval-batch-size", type=positive, default=16, help="queries scored at a time")
 
 
 MOVABLE = ("model", "data", "device", "dtype")  # the same model may lie elsewhere later
-EVALUATION = ("controls", "sets", "limit", "score", "eval_batch_size")
+EVALUATION = ("controls", "sets", "limit", "score", "eval_batch_size", "average", "concat")
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -632,8 +843,8 @@ def write_json(path: Path, value: dict) -> None:
         raise InputError(f"{path}: can't be written ({problem.strerror})") from None
 
 
-DATA = {"p3": "P3", "sni": "natural-instructions", "symbol": "symbol", "hyperpretrain": "text"}
-SHOTS = {"p3": 16, "sni": 2, "symbol": 4, "hyperpretrain": 0}
+DATA = {"p3": "P3", "sni": "natural-instructions", "symbol": "symbol", "hyperpretrain": "text", "prefix": "P3"}
+SHOTS = {"p3": 16, "sni": 2, "symbol": 4, "hyperpretrain": 0, "prefix": 16}
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -650,56 +861,88 @@ def complete(args: argparse.Namespace) -> None:
         raise InputError("--instruction-downstream and --fuse-instruction belong to --task sni")
     if args.method != "hyper" and (args.instruction_downstream or args.fuse_instruction):
         raise InputError("--instruction-downstream and --fuse-instruction belong to --method hyper")
+    if (args.average or args.concat) and (args.task != "p3" or args.method != "hyper"):
+        raise InputError("--average and --concat belong to --task p3 and --method hyper")
+    if args.average and args.concat:
+        raise InputError("--average and --concat exclude each other")
     if args.words and args.task != "symbol":
         raise InputError("--words belongs to --task symbol")
     if args.task == "hyperpretrain" and (args.method != "hyper" or args.quantize):
         raise InputError("--task hyperpretrain trains all parameters of a hypernetwork: no --quantize, no other --method")
 
 
-def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path]:
-    """What to evaluate, and the folder for the result: a run's own, with its arguments, or a new one."""
+def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """What to evaluate, as the arguments of a run or of a plain model; and what is asked of this command alone."""
     parser = Parser(__doc__)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run; without it, a plain Llama")
-    parser.add_argument("--out", metavar="DIR", help="where to write results.json (default: the run's folder, or runs/eval-…)")
-    parser.add_argument("--table", nargs="+", metavar="DIR", help="only print a table of runs: a line for each folder of runs")
+    add = parser.add_argument
+    add("run", nargs="?", metavar="RUN", help="folder of a finished run; without it, a plain Llama")
+    add("--out", metavar="PATH", help="folder for results.json (default: the run's, or runs/eval-…); file for --plot")
+    add("--examples", metavar="FILE", help="compress own examples (.jsonl: input, output) with the run's hypernetwork")
+    add("--save-gists", metavar="FILE", help="keep the gists of --examples (.safetensors)")
+    add("--gists-file", metavar="FILE", help="answer behind gists that were kept")
+    add("--input", metavar="TEXT", help="what to answer (default: each line of stdin)")
+    add("--options", metavar="A,B,…", help="answers to choose from (default: the model writes its own)")
+    add("--cost", action="store_true", help="only print what gists cost and save")
+    add("--table", nargs="+", metavar="DIR", help="only print a table of runs: a line for each folder of runs")
+    add("--plot", nargs="+", metavar="RUN", help="only draw the curves of runs")
+    own = {option.dest for option in parser._actions}
     add_options(parser)
-    plain = {option.dest: option.default for option in parser._actions if option.dest not in ("help", "run", "out", "table")}
+    plain = {option.dest: option.default for option in parser._actions if option.dest not in own}
     parser.set_defaults(**dict.fromkeys(plain))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    run, out, table = (given.pop(name, None) for name in ("run", "out", "table"))
-    if table:
-        print(compare([Path(folder) for folder in table]))
-        sys.exit()
-    if run is None:
+    parsed = vars(parser.parse_args(argv))
+    asked = argparse.Namespace(**{name: parsed.pop(name) for name in own - {"help"}})
+    given = {name: value for name, value in parsed.items() if value is not None}
+    if asked.table or asked.plot:
+        return argparse.Namespace(), asked
+    if asked.examples and asked.gists_file:
+        raise InputError("--examples and --gists-file exclude each other")
+    if asked.save_gists and not asked.examples:
+        raise InputError("--save-gists needs --examples")
+    if (asked.input is not None or asked.options) and not (asked.examples or asked.gists_file):
+        raise InputError("--input and --options need --gists-file or --examples")
+    if asked.run is None:
         args = argparse.Namespace(**plain | given)
-        if args.task in (None, "hyperpretrain") or args.method == "hyper":
+        if args.task in (None, "hyperpretrain", "prefix") or args.method == "hyper" or asked.examples or asked.gists_file or asked.cost:
             raise InputError("name a RUN, or a plain Llama: --model DIR --task p3 --method fewshot (or zeroshot)")
         complete(args)
         args.sets = args.sets or (10 if args.task == "symbol" else 1)
-        return args, Path(out or f"runs/eval-{args.task}-{args.method}")
+        asked.out = asked.out or f"runs/eval-{args.task}-{args.method}"
+        return args, asked
     for name in given.keys() - {*EVALUATION, *MOVABLE}:
-        raise InputError(f"--{name.replace('_', '-')}: {run} was trained with its own, which can't be changed")
-    args = argparse.Namespace(**read_args(Path(run)) | given)
+        raise InputError(f"--{name.replace('_', '-')}: {asked.run} was trained with its own, which can't be changed")
+    args = argparse.Namespace(**plain | read_args(Path(asked.run)) | given)
+    complete(args)
     if args.task == "hyperpretrain" and "model" not in given:
-        args.model = run  # what was trained is a whole model
-    args.run = run
-    return args, Path(out or run)
+        args.model = asked.run  # what was trained is a whole model
+    asked.out = asked.out or asked.run
+    return args, asked
 
 
 def main() -> None:
-    args, folder = settings()
-    run = vars(args).pop("run", None)
+    args, asked = settings()
+    if asked.table:
+        print(compare([Path(folder) for folder in asked.table]))
+        return
+    if asked.plot:
+        plot([Path(run) for run in asked.plot], Path(asked.out or "runs/curves.png"))
+        return
     if args.task == "hyperpretrain":
         system = build(args, trained=False)
         results = evaluate_text(system, TextBatches(args.data, system.formatter, system.gist_ids))
     else:
-        system = build(args, trained=run is not None)
+        system = build(args, trained=asked.run is not None)
+        if asked.run is not None:
+            load_trained(system, Path(asked.run))
+        if asked.examples or asked.gists_file:
+            use(system, Path(asked.run), asked)
+            return
         tasks = load_tasks(args, system.tokenizer, "test")
-        if run is not None:
-            load_trained(system, Path(run))
+        if asked.cost:
+            print_cost(system, tasks)
+            return
         results = evaluate(system, *prepare(system, tasks))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
+    Path(asked.out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(asked.out) / "results.json", results)
     if system.formatter.report():
         print(system.formatter.report())
 

@@ -11,14 +11,15 @@ to the same logits and gradients.
 Shapes: B rows, T tokens, G gists, L layers, K KV heads, hd head size, D width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from llama import Llama, Past, Tokenizer, holes_mask, load
-from lora import add_lora
+from llama import InputError, Llama, Past, Tokenizer, holes_mask, load, ragged
+from lora import add_lora, load_tensors, save_tensors
 
 
 def gist_mask(is_gist: Tensor) -> Tensor:
@@ -131,6 +132,128 @@ class HyperLlama(nn.Module):
         behind = (is_gist.flip(1).cumsum(1).flip(1) == 0)[..., None]  # [B, T, 1]
         adapter = {self.hyper: ~behind, self.downstream: behind} if self.hyper != self.downstream else self.hyper
         return self.model(self.embed(tokens), adapter=adapter, mask=gist_mask(is_gist))[0]
+
+
+def combine(hyper: HyperLlama, sets: Sequence[Sequence[int]], side_by_side: bool = False) -> Gists:
+    """Several sets of examples as one prefix: averaged, or side by side (paper, Appendix B).
+
+    sets: rows of tokens, each BOS, examples, G gists. Each row starts at the position that lets its
+    gists end where they must: all at the same, so that keys with the same rotation are averaged; or
+    each G behind the one before. Returns one row, of G gists or of len(sets)·G.
+    """
+    device = hyper.gists.device
+    lengths = torch.tensor([len(row) for row in sets], device=device)
+    behind = torch.arange(len(sets), device=device) * (len(hyper.gists) if side_by_side else 0)
+    ends = (lengths - behind).max() + behind
+    gists = hyper.compress(ragged(sets, device=device), start=ends - lengths)
+
+    def merge(x: Tensor) -> Tensor:  # [N, K, G, hd] -> [1, K, N*G or G, hd]
+        return x.transpose(0, 1).flatten(1, 2)[None] if side_by_side else x.mean(0, keepdim=True)
+
+    return Gists([(merge(k), merge(v)) for k, v in gists.past], ends[-1:])
+
+
+# ------------------------------------------------------------------------------------- prefix tuning
+
+
+class SoftPrefix(nn.Module):
+    """Prefixes that are trained themselves, one for each of R tasks, in front of a frozen Llama.
+
+    kind  "flat"       the keys and values are the parameters (prefix tuning, Li and Liang 2021)
+          "reparam"    they are the outputs of an MLP: [P, D] -> Linear -> tanh -> 2·L·K·hd
+          "propagate"  P slots pass through the layers, one added vector per layer and slot: half as
+                       many parameters as flat keys and values (prefix-propagation, Li et al. 2023)
+    """
+
+    def __init__(self, model: Llama, tasks: int, length: int, kind: str, generator: torch.Generator):
+        super().__init__()
+        c = model.config
+        self.model, self.kind, self.downstream = model, kind, None
+        device = model.embed_tokens.weight.device
+        self.register_buffer("offset", torch.full((tasks,), length, device=device))
+
+        def normal(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator).to(device))
+
+        if kind == "flat":
+            self.table = normal(c.layers, 2, tasks, c.kv_heads, length, c.head_size)
+        elif kind == "reparam":
+            hidden, outputs = min(c.width, HIDDEN), 2 * c.layers * c.kv_heads * c.head_size
+            self.table = normal(tasks, length, c.width)
+            self.first = nn.Parameter(normal(tasks, c.width, hidden).data / c.width**0.5)
+            self.second = nn.Parameter(normal(tasks, hidden, outputs).data / hidden**0.5)
+        else:  # the slots start as words; nothing is added in the layers behind the first
+            words = torch.randperm(c.vocab, generator=generator)[: tasks * length].to(device)
+            table = torch.zeros(c.layers, tasks, length, c.width, device=device)
+            table[0] = model.embed_tokens.weight[words].view(tasks, length, c.width)
+            self.table = nn.Parameter(table)
+
+    def past(self) -> Past:
+        """Per layer keys and values [R, K, P, hd]."""
+        c, dtype = self.model.config, self.model.embed_tokens.weight.dtype
+        if self.kind == "propagate":
+            return self.propagated()
+        table = self.table
+        if self.kind == "reparam":
+            table = (table @ self.first).tanh() @ self.second  # [R, P, 2·L·K·hd]
+            table = table.unflatten(-1, (c.layers, 2, c.kv_heads, c.head_size)).permute(2, 3, 0, 4, 1, 5)
+        return [(k.to(dtype), v.to(dtype)) for k, v in table]
+
+    def propagated(self) -> Past:
+        """Slots see nothing but slots, so they can be read alone, before any query."""
+
+        def add(vectors: Tensor):
+            return lambda block, arguments: (arguments[0] + vectors.to(arguments[0].dtype), *arguments[1:])
+
+        hooks = [layer.register_forward_pre_hook(add(p)) for layer, p in zip(self.model.layers, self.table)]
+        try:
+            slots = torch.zeros_like(self.table[0], dtype=self.model.embed_tokens.weight.dtype)
+            return self.model(slots, keys_values_only=True)[1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def prefix(self) -> Gists:
+        return Gists(self.past(), self.offset)
+
+    @torch.no_grad()
+    def start_from(self, gists: Gists) -> None:
+        """Take keys, values and offsets as the flat prefix to start from."""
+        self.table.copy_(torch.stack([torch.stack(layer) for layer in gists.past]))
+        self.offset.copy_(gists.offset)
+
+    def forward(self, batch) -> Tensor:
+        """A data.Batch, in which `row` says the task of each query -> logits at its targets, [N, V]."""
+        before = self.prefix()[batch.row].before(batch.tokens.shape[1])
+        return self.model(batch.tokens, **before, select=batch.select)[0]
+
+
+HIDDEN = 512  # most hidden units of the MLP that makes a prefix
+
+
+# --------------------------------------------------------------------------------- a prefix as a file
+
+
+def save_gists(path: Path, gists: Gists, about: dict[str, str]) -> None:
+    """Keys and values of one prefix, with a note on what they belong to."""
+    tensors = {"offset": gists.offset}
+    for i, (k, v) in enumerate(gists.past):
+        tensors |= {f"{i}.key": k, f"{i}.value": v}
+    save_tensors(path, tensors, about)
+
+
+def load_gists(path: Path, about: dict[str, str], device: torch.device | str) -> Gists:
+    """A saved prefix; InputError if it was made by another model or run than `about` says."""
+    tensors, found = load_tensors(path)
+    for key, value in about.items():
+        if found.get(key) != value:
+            raise InputError(f"{path}: made with another {key} ({found.get(key)}, not {value})")
+    layers = range((len(tensors) - 1) // 2)
+    try:
+        past = [(tensors[f"{i}.key"].to(device), tensors[f"{i}.value"].to(device)) for i in layers]
+        return Gists(past, tensors["offset"].to(device))
+    except KeyError as name:
+        raise InputError(f"{path}: not a saved prefix (no tensor {name})") from None
 
 
 # ---------------------------------------------------------------------------------------- the lecture

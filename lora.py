@@ -112,7 +112,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path}: can't be read ({problem})") from None
 
 
-def assign(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], source: Path) -> None:
+def assign(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
     """Copy loaded tensors into parameters of the same names and shapes; InputError if they differ."""
     for name in sorted(parameters.keys() ^ tensors.keys()):
         raise InputError(f"{source}: tensor {name} is {'missing' if name in parameters else 'not expected here'}")

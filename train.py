@@ -15,9 +15,13 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,23 +33,28 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data import TaskBatches, TextBatches
+from data import P3Task, PrefixBatches, TaskBatches, TextBatches
 from eval import (
     Parser,
     System,
     add_options,
+    average,
     build,
     complete,
+    conditions,
     evaluate,
     evaluate_text,
     load_tasks,
+    load_trained,
     positive,
     prepare,
     read_args,
     run_command,
+    score,
     write_json,
 )
-from llama import Config, InputError, read_config
+from gist import Gists, SoftPrefix
+from llama import Config, InputError, ragged, read_config
 from lora import assign, load_tensors, save_tensors
 
 # The paper's table of hyperparameters isn't public. These are our choice: for large models, and for
@@ -60,7 +69,10 @@ DEFAULTS_OF_TASK = {
     ("large", "symbol"): {"sets": 10},
     ("tiny", "symbol"): {"sets": 10, "limit": 20},
     ("tiny", "sni"): {"sets": 1},
+    ("large", "prefix"): {"steps": 3000, "lr": 3e-3},
+    ("tiny", "prefix"): {"lr": 3e-2},
 }
+INITS = ("hyper", "shared", "random", "reparam", "text", "propagate")
 TINY_WIDTH = 512  # models narrower than this get the miniature's defaults
 BETAS, WARM_UP, MAX_NORM = (0.9, 0.99), 0.1, 1.0  # Adam; share of the steps; of the gradient
 
@@ -72,6 +84,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     add = parser.add_argument
     add("--downstream", choices=["frozen", "lora", "shared"], default="frozen", help="the model that answers: frozen; "
         "with a LoRA set of its own (the paper's D); with the hypernetwork's set (Mu et al.'s gisting)")  # fmt: skip
+    add("--init", choices=INITS, help="prefix: what a prefix starts from: gists of --run; a prefix tuned on the training "
+        "tasks; random numbers; an MLP; the examples' first tokens; slots that pass through the layers")  # fmt: skip
+    add("--run", metavar="DIR", help="a finished run to start from (--init hyper: its hypernetwork)")
     add("--rank", type=positive, default=8, help="LoRA rank")
     add("--alpha", type=float, default=16, help="LoRA scale")
     add("--steps", type=positive, help="optimizer steps")
@@ -94,7 +109,15 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.downstream != "frozen" and (args.method != "hyper" or args.task == "hyperpretrain"):
+    if args.task == "prefix":
+        args.init = args.init or "hyper"
+        if args.method != "hyper":
+            raise InputError("--task prefix has no --method: --init says how a prefix starts")
+        if (args.init == "hyper") != (args.run is not None):
+            raise InputError("--init hyper needs --run DIR, a finished run of --task p3; no other --init takes one")
+    elif args.init or args.run:
+        raise InputError("--init and --run belong to --task prefix")
+    if args.downstream != "frozen" and (args.method != "hyper" or args.task in ("hyperpretrain", "prefix")):
         raise InputError(f"--downstream {args.downstream} belongs to a hypernetwork with LoRA sets, not to this run")
     for name in ("lr", "gist_lr"):
         if not 0 < getattr(args, name) < math.inf:
@@ -106,8 +129,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
 
 
 def default_folder(args: argparse.Namespace) -> str:
-    name = args.task if args.task == "hyperpretrain" else f"{args.task}-{args.method}"
-    name += f"-{args.downstream}" * (args.task != "hyperpretrain" and args.method == "hyper")
+    name = {"hyperpretrain": "hyperpretrain", "prefix": f"prefix-{args.init}"}.get(args.task, f"{args.task}-{args.method}")
+    name += f"-{args.downstream}" * (args.task not in ("hyperpretrain", "prefix") and args.method == "hyper")
     name += "-instruction" * args.instruction_downstream + "-fused" * args.fuse_instruction + "-nf4" * args.quantize
     return f"runs/{name}-seed{args.seed}"
 
@@ -267,7 +290,7 @@ def load_state(out: Path, system: System, optimizer: torch.optim.Optimizer) -> i
 def save_trained(out: Path, system: System, rank: int) -> None:
     """What was trained: LoRA sets and gists; or the whole model as a Hugging Face folder, in bfloat16, and its gists."""
     about = {"model": system.args.model, "method": system.args.method}
-    tensors = {name: whole(parameter.detach()) for name, parameter in system.trainable().items()}
+    tensors = {name: whole(tensor.detach()) for name, tensor in system.trained().items()}
     if rank:
         return
     if system.args.task != "hyperpretrain":
@@ -298,8 +321,18 @@ def save_checkpoint(folder: Path, c: Config, tensors: dict[str, Tensor]) -> None
 # ------------------------------------------------------------------------------------------- the loop
 
 
-def train(system: System, batches: TaskBatches | TextBatches, out: Path, resume: bool, rank: int, world: int) -> None:
+def train(
+    system: System,
+    batches: TaskBatches | TextBatches | PrefixBatches,
+    out: Path,
+    resume: bool,
+    rank: int,
+    world: int,
+    measure: Callable[[int], dict] = lambda step: {},
+) -> None:
     """All steps from where the run stands. Ctrl-C ends it after a whole step, saved.
+
+    measure(step) adds to the log's line of a step.
 
     Step n reads the rows with numbers n·S … n·S + S - 1, S = accumulate · batch size; each process
     takes every world-th of them. So the number of processes changes no loss.
@@ -329,7 +362,7 @@ def train(system: System, batches: TaskBatches | TextBatches, out: Path, resume:
             read, stop = add_up([sum(batch.read for batch in some), len(interrupted)], device)
             seconds = time.time() - began
             line = {"step": step + 1, "loss": loss, "norm": norm, "lr": share * args.lr}
-            line |= {"tokens_per_second": round(read / seconds), "seconds": round(seconds, 4)}
+            line |= {"tokens_per_second": round(read / seconds), "seconds": round(seconds, 4)} | measure(step + 1)
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.set_postfix_str(f"loss {loss:.3f}, {read / seconds:,.0f} tokens/s", refresh=False)
@@ -341,15 +374,75 @@ def train(system: System, batches: TaskBatches | TextBatches, out: Path, resume:
     signal.signal(signal.SIGINT, default)
 
 
+# ------------------------------------------------------------------------------------- prefix tuning
+
+MEASUREMENTS = 10  # of accuracy during prefix tuning
+
+
+def start_prefixes(system: System, tasks: list[P3Task], out: Path, resume: bool, rank: int, world: int) -> None:
+    """What the prefixes start from, by --init: "hyper" and "text" read examples, "shared" is tuned before."""
+    args, device = system.args, system.device
+    shots = [task.evaluation(args.seed, 0, args.shots, 1)[0] for task in tasks]
+    if args.init == "hyper":
+        run = Path(args.run)
+        given = argparse.Namespace(**read_args(run) | {"device": args.device, "dtype": args.dtype})
+        if given.task != "p3" or given.method != "hyper" or given.gists != args.gists:
+            raise InputError(f"{run}: not a hypernetwork for P3 with {args.gists} gists")
+        if Path(given.model).resolve() != Path(args.model).resolve():
+            raise InputError(f"{run}: trained on {given.model}, not on {args.model}")
+        made_by = build(given)
+        load_trained(made_by, run)
+        with torch.no_grad():
+            rows = [made_by.formatter.context_row(episode, made_by.gist_ids)[0] for episode in shots]
+            system.hyper.start_from(made_by.hyper.compress(ragged(rows, device=device)))
+    elif args.init == "text":
+        rows = [system.formatter.context_row(episode)[0][1 : args.gists + 1] for episode in shots]
+        if min(map(len, rows)) < args.gists:
+            raise InputError(f"--gists {args.gists}: the examples have fewer tokens")
+        with torch.no_grad():
+            _, past = system.model(torch.tensor(rows, device=device), keys_values_only=True)
+            system.hyper.start_from(Gists(past, torch.full((len(rows),), args.gists, device=device)))
+    elif args.init == "shared":
+        generator = torch.Generator().manual_seed(args.seed)
+        shared = replace(system, hyper=SoftPrefix(system.model, 1, args.gists, "reparam", generator))
+        folder = out / "shared"
+        if not (folder / "adapters.safetensors").exists():
+            folder.mkdir(exist_ok=True)
+            batches = PrefixBatches(load_tasks(args, system.tokenizer, "train"), system.formatter, shared=True)
+            train(shared, batches, folder, resume, rank, world)
+            save_trained(folder, shared, rank)
+        load_trained(shared, folder)
+        with torch.no_grad():  # folded: from here on, keys and values themselves are trained
+            system.hyper.start_from(shared.hyper.prefix()[torch.zeros(len(tasks), dtype=torch.long, device=device)])
+
+
+def measure_prefixes(system: System, prepared: tuple, step: int) -> dict:
+    """Accuracy on the held-out rows of each task, some times during prefix tuning."""
+    args, (tasks, episodes) = system.args, prepared
+    if step % max(1, args.steps // MEASUREMENTS) and step not in (1, args.steps):
+        return {}
+    main = conditions(system, controls=False)["main"]
+    found = [statistics.fmean(score(system, episodes[0][t], [], main, t)) for t in range(len(tasks))]
+    accuracies = {task.name: round(value, 2) for task, value in zip(tasks, found)}
+    return {"accuracy": round(average(tasks, [[value] for value in found], [], "p3"), 2), "accuracies": accuracies}
+
+
 def main() -> None:
     args, out, resume, overwrite = parse()
     rank, world = start_processes()
     if args.batch_size < world:
         raise InputError(f"--batch-size {args.batch_size}: {world} processes need a row each")
     system = build(args)
+    measure = lambda step: {}
     if args.task == "hyperpretrain":
         batches = TextBatches(args.data, system.formatter, system.gist_ids)
         about = f"{len(batches.paths)} files of text"
+    elif args.task == "prefix":
+        held_out = load_tasks(args, system.tokenizer, "test")
+        batches = PrefixBatches(held_out, system.formatter)
+        prepared = prepare(system, held_out)
+        about = f"prefixes for {len(held_out)} tasks"
+        measure = partial(measure_prefixes, system, prepared)
     else:
         tasks, held_out = (load_tasks(args, system.tokenizer, split) for split in ("train", "test"))
         instruct, fuse = args.instruction_downstream, args.fuse_instruction
@@ -364,7 +457,9 @@ def main() -> None:
         dist.barrier()
         if args.task == "hyperpretrain":
             shard(system)
-    train(system, batches, out, resume, rank, world)
+    if args.task == "prefix":
+        start_prefixes(system, held_out, out, resume, rank, world)
+    train(system, batches, out, resume, rank, world, measure)
     save_trained(out, system, rank)
     if dist.is_initialized():
         dist.destroy_process_group()

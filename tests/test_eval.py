@@ -155,8 +155,8 @@ def test_bad_options_of_eval_are_a_traceback(argv, message):
 def test_evaluation_options_do_not_reach_a_run_or_change_others(tmp_path):
     saved = {"task": "p3", "method": "hyper", "model": "m", "data": "d", "gists": 5, "sets": 2, "controls": True}
     (tmp_path / "args.json").write_text(json.dumps(saved))
-    args, folder = settings([str(tmp_path), "--sets", "3", "--data", "there"])
-    assert isinstance(args, argparse.Namespace) and folder == tmp_path
+    args, asked = settings([str(tmp_path), "--sets", "3", "--data", "there"])
+    assert isinstance(args, argparse.Namespace) and asked.out == asked.run == str(tmp_path)
     assert (args.gists, args.sets, args.controls, args.data) == (5, 3, True, "there")
     for same_as_default in ("--gists", "16"), ("--shots", "16"):
         with pytest.raises(InputError, match="can't be changed"):
