@@ -1,6 +1,7 @@
 """Small random models, grouped-query (K < H) unless a test says otherwise, in float32 on the CPU."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ G = 3  # gists of the small models
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def config(kv_heads: int = 2) -> Config:

@@ -8,11 +8,14 @@ import pytest
 import torch
 from conftest import G, REAL_DATA, ROOT, needs_real_data, random_hyper
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 import eval as evaluation
 from data import P3Task, Split, p3_tasks, sni_tasks, symbol_tasks
 from eval import Condition, average, mean_pooled, rouge_l, score_options, settings
 from gist import Gists
-from llama import InputError
+from llama import InputError, holes_mask
 from make import write_jsonl
 from train import parse
 
@@ -238,3 +241,66 @@ def test_each_symbol_query_has_another_ones_prefix(capsys):
             episodes, others = (task.evaluation(0, 0, 4, 7) for task in tasks)
             values.append(evaluation.score(system, episodes, others, condition))
         assert values[0] == values[1] == values[2] and len(values[0]) == 7
+
+
+# ------------------------------------------------------------------------------------------ the cost
+
+
+@pytest.mark.parametrize("T, P, adapter, only", [(40, 0, None, False), (40, 0, "hyper", True), (7, 16, None, False), (9, 30, "all", False)])
+def test_counted_operations_differ_from_those_of_torch(T, P, adapter, only):
+    hyper = random_hyper("all") if adapter == "all" else random_hyper()
+    past = {}
+    if P:
+        _, present = hyper.model(torch.ones(1, P, dtype=torch.long))
+        # (A counter can't look into the bias that stands for the causal mask behind a past.)
+        past = {"past": present, "offset": torch.tensor([P]), "mask": holes_mask(torch.ones(1, P, dtype=torch.bool), T)}
+    # Only the plain kernel's products are counted on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        select = None if only else torch.tensor([T - 1])
+        hyper.model(torch.ones(1, T, dtype=torch.long), **past, adapter=adapter, select=select, keys_values_only=only)
+    rank = 0 if adapter is None else 4
+    found = evaluation.flops(hyper.model.config, T, P, 0 if only else 1, rank, only)
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+# ----------------------------------------------------------------------------------- tables and curves
+
+
+def write_run(folder, average, **args):
+    folder.mkdir(parents=True)
+    args = {"task": "p3", "method": "hyper", "model": "m", "data": "d", "shots": 4, "init": "random"} | args
+    results = {"metric": "accuracy", "average": average, "baselines": {"zeroshot": 50.0}, "controls": {}, "seconds": 2.0, "args": args}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "args.json").write_text(json.dumps(args))
+    lines = [{"step": step, "loss": 1.0, "seconds": 1.0} | ({"accuracy": average} if step == 2 else {}) for step in (1, 2)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_table_of_runs_is_not_mean_and_deviation(tmp_path):
+    for seed, average in enumerate((60.0, 70.0)):
+        write_run(tmp_path / "one_row" / f"seed{seed}", average)
+    write_run(tmp_path / "two" / "seed0", 10.0)
+    lines = evaluation.compare([tmp_path / "one_row", tmp_path / "two"]).splitlines()
+    assert lines[0] == "| accuracy | result | 0-shot | seconds a run |" and len(lines) == 4
+    assert lines[2] == "| one row | 65.0 ± 7.1 | 50.0 ± 0.0 | 4 |" and lines[3] == "| two | 10.0 | 50.0 | 4 |"
+    with pytest.raises(InputError, match="no runs"):
+        evaluation.compare([tmp_path])
+
+
+def test_curves_are_not_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    for seed in range(2):
+        write_run(tmp_path / f"seed{seed}", 60.0 + seed)
+    evaluation.plot([tmp_path / "seed0", tmp_path / "seed1"], tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(InputError, match="not the folder of a run"):
+        evaluation.plot([tmp_path / "no"], tmp_path / "c.png")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["r", "--save-gists", "f"], "needs --examples"), (["r", "--examples", "a", "--gists-file", "b"], "exclude"),
+    (["r", "--input", "x"], "--gists-file or --examples"), (["--examples", "a"], "name a RUN"), (["--cost"], "name a RUN"),
+])  # fmt: skip
+def test_options_that_do_not_go_together_are_taken(argv, message):
+    with pytest.raises(InputError, match=message):
+        settings(argv)

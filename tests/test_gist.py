@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import G, config, random_hyper
+from conftest import G, config, random_hyper, random_llama
 
 from data import collate
-from gist import Gists, gist_mask
-from llama import generate, ragged
+from gist import Gists, SoftPrefix, combine, gist_mask, load_gists, save_gists
+from llama import InputError, generate, ragged
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 GIST_IDS = [50 + i for i in range(G)]
@@ -211,3 +211,117 @@ def test_rows_that_keep_unequal_numbers_of_tokens_disturb_each_other():
         expected, _ = hyper.model(torch.tensor([queries[n]]), past=alone.past, offset=alone.offset)
         torch.testing.assert_close(logits[n, : len(queries[n])], expected[0], atol=1e-5, rtol=1e-5)
         assert generate(hyper.model, [queries[n]], 5, -1, alone.past, alone.offset) == [answers[n]]
+
+
+# ------------------------------------------------------------------- averaging and concatenating gists
+
+SETS = [[1, 5, 6, 50, 51, 52], [1, 7, 8, 9, 10, 11, 50, 51, 52], [1, 12, 50, 51, 52]]
+
+
+def assert_same_gists(one, other):
+    assert one.offset.tolist() == other.offset.tolist()
+    for a, b in zip(one.past, other.past, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_set_averaged_with_itself_is_another():
+    hyper = random_hyper()
+    alone = hyper.compress(torch.tensor([SETS[0]]))
+    assert_same_gists(combine(hyper, [SETS[0]] * 3), alone)
+    assert_same_gists(combine(hyper, [SETS[0]], side_by_side=True), alone)
+
+
+def test_sets_of_unequal_length_are_averaged_at_unequal_positions():
+    """The mean of both, recomputed one by one so that they end at the common offset."""
+    hyper = random_hyper()
+    found = combine(hyper, SETS)
+    alone = [hyper.compress(torch.tensor([row]), start=torch.tensor([9 - len(row)])) for row in SETS]
+    assert [gists.offset.item() for gists in alone] == [9, 9, 9] == found.offset.tolist() * 3
+    for layer, (k, v) in enumerate(found.past):
+        torch.testing.assert_close(k, sum(gists.past[layer][0] for gists in alone) / 3, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(v, sum(gists.past[layer][1] for gists in alone) / 3, atol=1e-5, rtol=1e-5)
+    first, second = (hyper.compress(torch.tensor([SETS[0]]), start=torch.tensor([start])) for start in (0, 3))
+    assert not torch.allclose(first.past[0][0], second.past[0][0]), "positions matter to keys"
+
+
+def test_sets_side_by_side_do_not_follow_one_another():
+    hyper = random_hyper()
+    found = combine(hyper, SETS, side_by_side=True)
+    ends = [found.offset.item() - 2 * G, found.offset.item() - G, found.offset.item()]
+    alone = [hyper.compress(torch.tensor([row]), start=torch.tensor([end - len(row)])) for row, end in zip(SETS, ends)]
+    assert min(end - len(row) for row, end in zip(SETS, ends)) == 0, "no further back than needed"
+    for layer, (k, v) in enumerate(found.past):
+        torch.testing.assert_close(k, torch.cat([gists.past[layer][0] for gists in alone], dim=2), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(v, torch.cat([gists.past[layer][1] for gists in alone], dim=2), atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ prefix tuning
+
+
+def soft(kind, kv_heads=2, tasks=2):
+    return SoftPrefix(random_llama(kv_heads), tasks, 5, kind, torch.Generator().manual_seed(0))
+
+
+def test_a_folded_reparametrisation_is_not_its_mlp():
+    mlp, flat = soft("reparam"), soft("flat")
+    for task in range(2):
+        hidden = torch.tanh(mlp.table[task] @ mlp.first[task])
+        out = (hidden @ mlp.second[task]).view(5, 3, 2, 2, 8)  # slots, layers, key and value, KV heads, head size
+        for layer, (k, v) in enumerate(mlp.past()):
+            torch.testing.assert_close(k[task], out[:, layer, 0].transpose(0, 1))
+            torch.testing.assert_close(v[task], out[:, layer, 1].transpose(0, 1))
+    flat.start_from(mlp.prefix())
+    for a, b in zip(flat.past(), mlp.past(), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_propagation_on_a_zero_table_is_not_plain_slots():
+    prefix = soft("propagate")
+    prefix.table.data.zero_()
+    _, plain = prefix.model(torch.zeros(2, 5, 32), keys_values_only=True)
+    for (k, v), (k2, v2) in zip(prefix.past(), plain, strict=True):
+        assert torch.equal(k, k2) and torch.equal(v, v2)
+
+
+def test_propagated_slots_differ_from_slots_in_the_row():
+    """Read alone as a prefix, or in one row with the query, where vectors are added to the first P places."""
+    prefix = soft("propagate")
+    prefix.table.data.normal_(generator=torch.Generator().manual_seed(1))
+    query = torch.tensor([[1, 7, 9], [1, 8, 20]])
+    behind, _ = prefix.model(query, **prefix.prefix().before(3))
+    row = torch.cat((torch.zeros(2, 5, 32), prefix.model.embed_tokens(query)), dim=1)
+    for layer, vectors in zip(prefix.model.layers, prefix.table):
+        padded = torch.cat((vectors, torch.zeros(2, 3, 32)), dim=1)
+        layer.register_forward_pre_hook(lambda _, a, padded=padded: (a[0] + padded, *a[1:]))
+    together, _ = prefix.model(row)
+    torch.testing.assert_close(behind, together[:, 5:], atol=1e-5, rtol=1e-5)
+
+
+def test_propagation_needs_more_than_half_of_the_parameters():
+    count = {kind: sum(p.numel() for p in soft(kind, kv_heads=4).parameters() if p.requires_grad) for kind in ("flat", "propagate")}
+    assert 2 * count["propagate"] == count["flat"]
+
+
+@pytest.mark.parametrize("kind", ["flat", "reparam", "propagate"])
+def test_a_task_trains_the_prefix_of_another(kind):
+    prefix = soft(kind)
+    batch = collate(None, [1, 1], [[1, 5], [1, 6, 7]], [[8, 2], [9, 2]])
+    prefix(batch).sum().backward()
+    grad = prefix.table.grad if kind == "reparam" else prefix.table.grad.transpose(0, 2 if kind == "flat" else 1)
+    assert grad[1].abs().sum() > 0 and grad[0].abs().sum() == 0
+
+
+# --------------------------------------------------------------------------------- a prefix as a file
+
+
+def test_a_saved_prefix_answers_differently_or_in_another_model(tmp_path):
+    hyper, about = random_hyper(), {"model": "a", "run": "b"}
+    gists = hyper.compress(torch.tensor([SETS[1]]))
+    save_gists(tmp_path / "g.safetensors", gists, about)
+    found = load_gists(tmp_path / "g.safetensors", about, "cpu")
+    query = torch.tensor([[1, 20, 21]])
+    (one, _), (other, _) = (hyper.model(query, **g.before(3)) for g in (gists, found))
+    assert torch.equal(one, other)
+    for key in about:
+        with pytest.raises(InputError, match=f"another {key}"):
+            load_gists(tmp_path / "g.safetensors", about | {key: "x"}, "cpu")

@@ -1,11 +1,14 @@
 """The command: real runs of a few steps, resuming, bad input."""
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +17,11 @@ from safetensors import safe_open
 
 from data import collate
 from eval import System, build, run_command
+from eval import main as eval_main
 from llama import load
 from lora import load_tensors
-from train import main, parse, schedule, train_step
+from train import main as train_main
+from train import parse, schedule, train_step
 
 SHORT = ["--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01"]
 
@@ -26,10 +31,18 @@ def command(*argv, program="train.py", cwd=None):
     return [sys.executable, str(ROOT / program), *map(str, argv)], {"cwd": cwd, "env": env, "text": True}
 
 
-def run(*argv, program="train.py", cwd=None, status=0):
-    argv, options = command(*argv, program=program, cwd=cwd)
-    done = subprocess.run(argv, capture_output=True, timeout=120, **options)
-    assert done.returncode == status, done.stdout + done.stderr
+def run(*argv, program="train.py", status=0):
+    """The command in this process, which spares the imports."""
+    stdout, stderr, ended = io.StringIO(), io.StringIO(), 0
+    main = {"train.py": train_main, "eval.py": eval_main}[program]
+    with mock.patch.object(sys, "argv", [program, *map(str, argv)]):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            try:
+                run_command(main)
+            except SystemExit as stop:
+                ended = stop.code
+    done = subprocess.CompletedProcess(argv, ended, stdout.getvalue(), stderr.getvalue())
+    assert ended == status, done.stdout + done.stderr
     return done
 
 
@@ -241,6 +254,57 @@ def test_data_parallel_lora_has_other_losses(tmp_path):
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
 
+# ------------------------------------------------------------------------- prefix tuning, own examples
+
+
+@pytest.fixture(scope="module")
+def hypernetwork(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "hyper"
+    train(out, "--steps", "2", "--no-controls")
+    return out
+
+
+@pytest.mark.parametrize("init", ["hyper", "shared", "random", "reparam", "text", "propagate"])
+def test_a_start_of_prefix_tuning_does_not_run_resume_or_evaluate(tmp_path, hypernetwork, init):
+    out = tmp_path / "run"
+    start = ["--task", "prefix", "--gists", "4", "--shots", "4", "--limit", "4", "--batch-size", "1", "--init", init]
+    start += ["--steps", "4", "--save-every", "2", "--sets", "1", "--out", out, *(["--run", hypernetwork] if init == "hyper" else [])]
+    run(*start)
+    tensors, log, results = contents(out)
+    assert [line["step"] for line in log if "accuracy" in line] == [1, 2, 3, 4] and len(log[-1]["accuracies"]) == 8
+    assert results["average"] == pytest.approx(log[-1]["accuracy"], abs=0.01)
+    run(out, program="eval.py")
+    assert contents(out)[2] == results
+    (out / "results.json").unlink()
+    (out / "adapters.safetensors").unlink()
+    run(*start, "--resume")  # nothing is left to train: the same prefixes, with the same offsets
+    again = contents(out)
+    assert again[2] == results and all(torch.equal(tensors[key], again[0][key]) for key in tensors)
+
+
+def test_own_examples_are_not_compressed_kept_or_answered_behind(tmp_path, hypernetwork):
+    examples, gists = tmp_path / "my.jsonl", tmp_path / "my.safetensors"
+    rows = [{"input": f"The {word} is old.", "output": label} for word, label in (("fox", "kilo"), ("dog", "jade"))]
+    examples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(hypernetwork, "--examples", examples, "--save-gists", gists, program="eval.py")
+    assert "2 examples" in done.stdout and "became 4 gists" in done.stdout and gists.stat().st_size < 20_000
+    question = ["--input", "The fox sleeps.", "--options", "kilo,jade"]
+    kept = run(hypernetwork, "--gists-file", gists, *question, program="eval.py").stdout
+    fresh = run(hypernetwork, "--examples", examples, *question, program="eval.py").stdout
+    assert kept.strip() == fresh.strip().splitlines()[-1] and kept.split()[0] in ("kilo", "jade")
+
+    train(tmp_path / "other", "--steps", "1", "--no-controls", "--seed", "5")
+    refused = run(tmp_path / "other", "--gists-file", gists, *question, program="eval.py", status=2).stderr
+    assert "made with another run" in refused.strip().splitlines()[-1]
+    examples.write_text('{"input": "a"}\n')
+    assert "line 1: output" in run(hypernetwork, "--examples", examples, *question, program="eval.py", status=2).stderr
+
+
+def test_the_cost_of_gists_is_not_told(hypernetwork):
+    told = run(hypernetwork, "--cost", program="eval.py").stdout
+    assert "Llama-2-7B" in told and "gists ahead after" in told
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 
@@ -248,7 +312,7 @@ def error(monkeypatch, capsys, *argv):
     """The one line that the command ends with; run in this process, which spares the imports."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        run_command(main)
+        run_command(train_main)
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
