@@ -914,7 +914,8 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpars
     complete(args)
     if args.task == "hyperpretrain" and "model" not in given:
         args.model = asked.run  # what was trained is a whole model
-    asked.out = asked.out or asked.run
+    several = f"average-{args.average}" if args.average else f"concat-{args.concat}" if args.concat else ""
+    asked.out = asked.out or str(Path(asked.run) / several)  # beside the run's own result, not in its place
     return args, asked
 
 

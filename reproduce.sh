@@ -17,9 +17,9 @@ began=$(date +%s)
 mkdir -p $all
 : > $all/jobs
 
-run() { # run TABLE/ROW options…
+run() { # run TABLE/ROW options…; SEED stands for the run of the same seed
     row=$1; shift
-    for seed in 0 1 2; do echo "train.py --out $all/$row/seed$seed --seed $seed $*" >> $all/jobs; done
+    for seed in 0 1 2; do echo "train.py --out $all/$row/seed$seed --seed $seed $*" | sed "s/SEED/seed$seed/"; done >> $all/jobs
 }
 plain() { # an untouched model
     row=$1; shift
@@ -33,8 +33,6 @@ run p3/C --task p3 --model $c
 run p3/D --task p3 --model $base --downstream lora
 run p3/CD --task p3 --model $c --downstream lora
 run p3/shared --task p3 --model $base --downstream shared
-run p3/C,_shared --task p3 --model $c --downstream shared
-run p3/C,_NF4 --task p3 --model $c --quantize
 run p3/fine-tuned_0-shot --task p3 --model $base --method zeroshot
 run p3/fine-tuned_16-shot --task p3 --model $base --method fewshot
 
@@ -46,7 +44,7 @@ run sni/D --task sni --model $base --downstream lora
 run sni/I --task sni --model $base --instruction-downstream
 run sni/CDI --task sni --model $c --downstream lora --instruction-downstream
 run sni/fused --task sni --model $base --fuse-instruction
-run sni/C,_fused --task sni --model $c --fuse-instruction
+run sni/C_fused --task sni --model $c --fuse-instruction
 
 plain symbol/0-shot --task symbol --model $base --method zeroshot --sets 10 --limit 20
 plain symbol/few-shot --task symbol --model $base --method fewshot --sets 10 --limit 20
@@ -57,6 +55,16 @@ run symbol/D --task symbol --model $base --downstream lora
 
 run text/from_the_base --task hyperpretrain --model $base
 run text/from_C --task hyperpretrain --model $c
+
+run prefix/hyper --task prefix --model $c --batch-size 4 --init hyper --run $all/p3/C/SEED
+run prefix/text --task prefix --model $c --batch-size 4 --init text
+run prefix/shared --task prefix --model $c --batch-size 4 --init shared
+run prefix/random --task prefix --model $c --batch-size 4 --init random
+run prefix/reparam --task prefix --model $c --batch-size 4 --init reparam
+run prefix/propagate --task prefix --model $c --batch-size 4 --init propagate
+
+run p3/C_shared --task p3 --model $c --downstream shared
+run p3/C_NF4 --task p3 --model $c --quantize
 
 xargs -P "${JOBS:-2}" -L 1 ./reproduce.sh finish < $all/jobs
 echo "all runs done after $(($(date +%s) - began)) s"
