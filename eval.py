@@ -407,8 +407,9 @@ def evaluate(system: System, tasks: Sequence, episodes: list[list[list[Episode]]
             for t in range(len(tasks)):
                 bar.update()
                 for n, draw in enumerate(episodes if not twin else []):
-                    if n and condition.prefix is None and draw[t][0].queries == episodes[0][t][0].queries:
-                        scores[name][t] += scores[name][t][:1]  # no examples: each draw is the same
+                    first = episodes[0][t]
+                    if n and (draw[t] == first or condition.prefix is None and draw[t][0].queries == first[0].queries):
+                        scores[name][t] += scores[name][t][:1]  # nothing differs from the first draw
                         continue
                     found = score(system, draw[t], draw[other_task(tasks, t)], condition, t)
                     scores[name][t].append(statistics.fmean(found))

@@ -1,0 +1,205 @@
+"""Damaged files. Each is changed in some hundred ways: it loads to what was written, or ends with one line."""
+
+import gzip
+import json
+import random
+
+import pytest
+import torch
+from conftest import G, ROOT, random_hyper, random_llama, write_hf
+from make import write_jsonl, write_tfrecord
+from test_llama import write_meta
+
+from data import Formatter, JsonLines, Split, TextBatches, TFRecords, p3_tasks, read_sni_task, symbol_tasks
+from gist import load_gists, save_gists
+from llama import InputError, Tokenizer, load, read_config
+from lora import assign, load_tensors, save_tensors
+
+TIMES = 300
+ROWS = [(f"Is number {i} even?", "yes" if i % 2 == 0 else "no", ["yes", "no"]) for i in range(6)]
+
+
+def damaged(content: bytes, seed: int) -> bytes:
+    """The content with some bytes flipped, cut off, cut out, swapped, doubled or made anew."""
+    rng = random.Random(seed)
+    a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    kind = seed % 6
+    if kind == 0:
+        changed = bytearray(content)
+        for _ in range(rng.randint(1, 4)):
+            changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        return bytes(changed)
+    if kind == 1:
+        return content[:a]
+    if kind == 2:
+        return content[:a] + content[b:]
+    if kind == 3:
+        middle = (a + b) // 2
+        return content[:a] + content[middle:b] + content[a:middle] + content[b:]
+    if kind == 4:
+        return content[:b] + content[a:]
+    return content[:a] + rng.randbytes(b - a) + content[b:]
+
+
+def fuzz(path, read, same=None, times=TIMES):
+    """`read` the file at path in `times` damaged forms: only InputError of one line may come out of it.
+
+    same(result): whether it is what was written; None where the format can't tell.
+    Returns how many were refused.
+    """
+    whole, refused = path.read_bytes(), 0
+    for seed in range(times):
+        changed = damaged(whole, seed)
+        path.write_bytes(changed)
+        try:
+            result = read()
+        except InputError as problem:
+            refused += 1
+            assert "\n" not in str(problem) and str(problem), seed
+        else:
+            assert changed == whole or same is None or same(result), f"seed {seed}: wrong values were loaded silently"
+    path.write_bytes(whole)
+    read()
+    return refused
+
+
+def all_rows(reader, path):
+    rows = reader(path)
+    return [rows[i] for i in range(len(rows))]
+
+
+def test_a_damaged_tfrecord_loads_other_rows(tmp_path):
+    path = tmp_path / "train.tfrecord-00000-of-00001"
+    write_tfrecord(path, ROWS)
+    original = all_rows(TFRecords, path)
+
+    def same(rows):  # whole records may be missing or change places: their checksums hold
+        return all(row in original for row in rows)
+
+    assert fuzz(path, lambda: all_rows(TFRecords, path), same) > TIMES // 2
+
+
+def test_a_damaged_jsonl_is_a_traceback(tmp_path):
+    path = tmp_path / "train.jsonl"
+    write_jsonl(path, ROWS)
+
+    def read():
+        rows = Split(tmp_path, "train")
+        return [rows.scorable(i) for i in range(len(rows))]
+
+    assert fuzz(path, read) > TIMES // 3
+
+
+def test_a_damaged_parquet_is_a_traceback(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "train-00000-of-00001.parquet"
+    fields = ("inputs_pretokenized", "targets_pretokenized", "answer_choices")
+    write_table(pyarrow.Table.from_pylist([dict(zip(fields, row)) for row in ROWS]), path, write_page_checksum=True)
+
+    def read():
+        rows = Split(tmp_path, "train")
+        return [rows[i] for i in range(len(rows))]
+
+    assert fuzz(path, read) > TIMES // 3
+
+
+def test_a_damaged_sni_file_is_a_traceback(tmp_path):
+    source = sorted((ROOT / "tiny" / "natural-instructions" / "tasks").glob("*.json"))[0]
+    raw = json.loads(source.read_text())
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps(raw | {"Instances": raw["Instances"][:3]}))
+    assert fuzz(path, lambda: read_sni_task(path)) > TIMES // 2
+
+
+def test_a_damaged_symbol_set_is_a_traceback(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
+    assert fuzz(path, lambda: symbol_tasks(tmp_path, "train", ["word"])) > TIMES // 4
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_damaged_text_is_a_traceback_or_hangs(tmp_path, name):
+    lines = "".join(json.dumps({"text": f"The dog number {i} sleeps in the barn."}) + "\n" for i in range(60)).encode()
+    path, tokenizer = tmp_path / name, Tokenizer(ROOT / "tiny" / "llama")
+    path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+
+    def read():
+        batches = TextBatches(tmp_path, Formatter(tokenizer, 60, 40), [5000, 5001])
+        return [batches(seed, range(2)) for seed in range(2)]
+
+    assert fuzz(path, read) > TIMES // 10
+
+
+def test_damaged_weights_are_a_traceback_or_lose_their_shapes(tmp_path):
+    folder = write_hf(tmp_path / "hf", random_llama())
+    shapes = {name: p.shape for name, p in random_llama().named_parameters()}
+
+    def same(model):  # the format has no checksum: names, shapes and types are what can be told
+        return {name: p.shape for name, p in model.named_parameters()} == shapes
+
+    assert fuzz(folder / "model.safetensors", lambda: load(folder), same) > TIMES // 4
+
+
+def test_damaged_meta_weights_are_a_traceback(tmp_path):
+    folder = write_meta(tmp_path / "meta", random_llama(), 1) or tmp_path / "meta"
+    assert fuzz(next(folder.glob("*.pth")), lambda: load(folder)) > TIMES // 4
+
+
+def test_a_damaged_config_is_a_traceback(tmp_path):
+    folder = write_hf(tmp_path / "hf", random_llama())
+    fuzz(folder / "config.json", lambda: read_config(folder))
+    for seed in range(40):  # of those that can be read, the weights must fit
+        whole = (folder / "config.json").read_bytes()
+        (folder / "config.json").write_bytes(damaged(whole, 6 * seed))
+        try:
+            load(folder)
+        except InputError as problem:
+            assert "\n" not in str(problem)
+        (folder / "config.json").write_bytes(whole)
+
+
+def test_a_damaged_tokenizer_is_a_traceback(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes((ROOT / "tiny" / "llama" / "tokenizer.model").read_bytes())
+    fuzz(path, lambda: Tokenizer(tmp_path))
+
+
+def test_damaged_adapters_are_a_traceback(tmp_path):
+    hyper = random_hyper()
+    parameters = {name: p for name, p in hyper.named_parameters() if p.requires_grad}
+    path = tmp_path / "adapters.safetensors"
+    save_tensors(path, parameters, {"method": "hyper"})
+
+    def read():
+        tensors = load_tensors(path)[0]
+        assign(parameters, tensors, path)
+
+    assert fuzz(path, read) > TIMES // 4
+
+
+def test_a_damaged_prefix_is_a_traceback(tmp_path):
+    hyper, path = random_hyper(), tmp_path / "g.safetensors"
+    gists = hyper.compress(torch.tensor([[1, 5, 6, *range(50, 50 + G)]]))
+    save_gists(path, gists, {"model": "m", "run": "r"})
+
+    def same(found):
+        return [k.shape for k, _ in found.past] == [k.shape for k, _ in gists.past] and found.offset.shape == (1,)
+
+    assert fuzz(path, lambda: load_gists(path, {"model": "m", "run": "r"}, "cpu"), same) > TIMES // 4
+
+
+def test_a_file_of_lists_that_is_not_text_is_a_traceback(tmp_path):
+    folder = tmp_path / "P3"
+    (folder / "splits").mkdir(parents=True)
+    for part in ("train", "test"):
+        (folder / "splits" / f"{part}_tasks.txt").write_bytes(b"task\xff\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        p3_tasks(folder, "train")
+
+
+def test_blank_lines_are_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    with pytest.raises(InputError, match="line 2 is not JSON"):
+        all_rows(JsonLines, tmp_path / "a.jsonl")
