@@ -162,12 +162,23 @@ def read_args(folder: Path) -> dict:
         raise InputError(f"{folder}: not the folder of a run (no readable args.json)") from None
 
 
+def checksum(model: Llama) -> str:
+    """Tells models apart by tensors that are never quantized, whatever they are computed in."""
+    found = hashlib.sha256(repr(model.config).encode())
+    for weight in (model.norm.weight, model.embed_tokens.weight[:256]):
+        found.update(weight.detach().bfloat16().float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def load_trained(system: System, folder: Path) -> None:
-    """Put a finished run's LoRA sets and gist embeddings in place."""
+    """Put a finished run's LoRA sets and gist embeddings (or its prefixes) in place."""
     path = folder / "adapters.safetensors"
     if not path.exists():
         raise InputError(f"{folder}: this run isn't finished (no {path.name}); train.py with --resume goes on with it")
-    assign(system.trained(), load_tensors(path)[0], path)
+    tensors, about = load_tensors(path)
+    assign(system.trained(), tensors, path)
+    if about.get("base") != checksum(system.model):
+        raise InputError(f"{path}: was trained on another model than {system.args.model}")
 
 
 def load_tasks(args: argparse.Namespace, tokenizer: Tokenizer, split: str) -> list[P3Task] | list[SNITask] | list[SymbolTask]:
@@ -553,14 +564,11 @@ LAYOUTS = {"p3": P3_LAYOUT, "sni": SNI_LAYOUT, "symbol": SYMBOL_LAYOUTS[0]}  # a
 
 def belongs_to(system: System, run: Path) -> dict[str, str]:
     """Checksums of the model and the run that make and read a prefix: it means nothing to others."""
-    model = hashlib.sha256(repr(system.model.config).encode())
-    for weight in (system.model.norm.weight, system.model.embed_tokens.weight[:256]):
-        model.update(weight.detach().float().cpu().numpy().tobytes())
     try:
         trained = hashlib.sha256((run / "adapters.safetensors").read_bytes())
     except OSError as problem:
         raise InputError(f"{run / 'adapters.safetensors'}: {problem.strerror}") from None
-    return {"model": model.hexdigest()[:16], "run": trained.hexdigest()[:16]}
+    return {"model": checksum(system.model), "run": trained.hexdigest()[:16]}
 
 
 @torch.no_grad()
@@ -729,8 +737,9 @@ def evaluate_text(system: System, batches: TextBatches) -> dict:
     """
     args, began, G = system.args, time.time(), len(system.gist_ids)
     losses: dict[str, list[float]] = {name: [] for name in ("gists", "none", "full", "other")}
-    for start in tqdm(range(0, WINDOWS, args.eval_batch_size), desc="evaluating", leave=False):
-        size = min(args.eval_batch_size, WINDOWS - start)
+    count = min(WINDOWS, args.limit or WINDOWS)
+    for start in tqdm(range(0, count, args.eval_batch_size), desc="evaluating", leave=False):
+        size = min(args.eval_batch_size, count - start)
         batch = batches(args.seed, range(start, start + size), test=True).to(system.device)
         gists, width = system.hyper.compress(batch.examples), batch.tokens.shape[1]
         full = read_rows(system, batch.examples[:, :-G].tolist(), system.hyper.hyper)
@@ -749,7 +758,7 @@ def evaluate_text(system: System, batches: TextBatches) -> dict:
         "task": args.task,
         "method": args.method,
         "metric": "loss",
-        "tasks": {"text": {"mean": means["gists"], "std": None, "n": WINDOWS}},
+        "tasks": {"text": {"mean": means["gists"], "std": None, "n": count}},
         "average": means["gists"],
         "baselines": {"zeroshot": means["none"], "fewshot": means["full"]},
         "controls": {"no_prefix": means["none"], "other_task": means["other"]},

@@ -40,6 +40,7 @@ from eval import (
     add_options,
     average,
     build,
+    checksum,
     complete,
     conditions,
     evaluate,
@@ -239,7 +240,7 @@ def open_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bo
             for name, value in vars(args).items():
                 if before.get(name) != value:
                     raise InputError(f"{out}: --resume with {name} = {value}, but the run has {before.get(name)}")
-        elif out.exists() and any(out.iterdir()):
+        elif out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
             if not overwrite:
                 state = "a finished run" if (out / "results.json").exists() else "an unfinished run or other files (--resume goes on with a run)"
                 raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
@@ -289,14 +290,13 @@ def load_state(out: Path, system: System, optimizer: torch.optim.Optimizer) -> i
 
 def save_trained(out: Path, system: System, rank: int) -> None:
     """What was trained: LoRA sets and gists; or the whole model as a Hugging Face folder, in bfloat16, and its gists."""
-    about = {"model": system.args.model, "method": system.args.method}
     tensors = {name: whole(tensor.detach()) for name, tensor in system.trained().items()}
     if rank:
         return
     if system.args.task != "hyperpretrain":
-        save_tensors(out / "adapters.safetensors", tensors, about)
+        save_tensors(out / "adapters.safetensors", tensors, {"base": checksum(system.model)})
         return
-    save_tensors(out / "gists.safetensors", {"gists": tensors.pop("gists")}, about)
+    save_tensors(out / "gists.safetensors", {"gists": tensors.pop("gists")}, {})
     save_checkpoint(out, system.model.config, {name.removeprefix("model."): t for name, t in tensors.items()})
     for folder in (Path(system.args.model), Path(system.args.model).absolute().parent):
         if (folder / "tokenizer.model").exists():
@@ -342,8 +342,9 @@ def train(
     first = load_state(out, system, optimizer) if resume else 0
     log_path = out / "log.jsonl"
     if rank == 0 and log_path.exists():  # a killed run may have logged steps that it didn't save
-        lines = log_path.read_text().splitlines(keepends=True)[:first]
-        log_path.write_text("".join(lines))
+        partial_path = out / "log.jsonl.partial"
+        partial_path.write_text("".join(log_path.read_text().splitlines(keepends=True)[:first]))
+        os.replace(partial_path, log_path)
     interrupted = []
     default = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     bar = tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0)

@@ -321,13 +321,28 @@ def test_the_miniature_shares_labels_between_training_and_held_out_tasks():
     assert len(p3_tasks(ROOT / "tiny" / "P3", "train")) >= 24 and len(p3_tasks(ROOT / "tiny" / "P3", "test")) == 8
 
 
-def test_the_miniature_in_git_is_not_what_its_script_makes(tmp_path):
-    from make import write_p3
+def test_the_miniature_in_git_is_not_what_its_script_makes(tmp_path, tokenizer):
+    import make
 
-    write_p3(tmp_path, seed=0)
+    make.write_p3(tmp_path / "P3", seed=0)
+    make.write_sni(tmp_path / "natural-instructions", seed=0)
+    make.write_symbol(tmp_path / "symbol", seed=0)
+    make.write_text(tmp_path / "text", tokenizer, seed=0, texts=make.TEXTS)
     made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    kept = ROOT / "tiny" / "P3"
-    assert made == {p.relative_to(kept): p.read_bytes() for p in kept.rglob("*") if p.is_file()}
+    folders = [ROOT / "tiny" / path.name for path in tmp_path.iterdir()]
+    assert made == {p.relative_to(ROOT / "tiny"): p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file()}
+
+
+def test_the_miniature_trains_on_what_it_holds_out():
+    import world
+
+    train, held_out = world.sni(random.Random(0))
+    known = {(task.pick, task.form) for task in train.values()}
+    assert not known & {(task.pick, task.form) for task in held_out.values()}
+    assert {task.form for task in held_out.values()} <= {form for _, form in known}
+    base = [world.random_instruction(random.Random(i), world.LABELS, held_out=False) for i in range(500)]
+    assert not {(task.pick, task.form) for task in base} & {(task.pick, task.form) for task in held_out.values()}
+    assert not set(world.TRAIN_TOPICS) & set(world.HELDOUT_TOPICS)
 
 
 # -------------------------------------------------------------------- Super-NaturalInstructions

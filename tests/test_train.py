@@ -183,7 +183,7 @@ def test_real_sni_files_do_not_train_and_evaluate(tmp_path):
 
 # --------------------------------------------------------- compression hyperpretraining, several processes
 
-PRETRAIN = ["--task", "hyperpretrain", "--batch-size", "4", "--gists", "4", "--save-every", "2"]
+PRETRAIN = ["--task", "hyperpretrain", "--batch-size", "4", "--gists", "4", "--save-every", "2", "--limit", "4"]
 
 
 STOP_AFTER_TWO = """
@@ -254,6 +254,84 @@ def test_data_parallel_lora_has_other_losses(tmp_path):
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
 
+# ------------------------------------------------------------------------------------ killed at any moment
+
+KILLER = """
+import json, os, random, signal, sys, time
+sys.path.insert(0, %r)
+import torch
+torch.set_num_threads(1)
+import eval, train
+
+def start(argv, resume):
+    pid = os.fork()  # a child for each attempt spares the imports
+    if pid == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        sys.argv = ["train.py", *argv, *(["--resume"] if resume else [])]
+        status = 1
+        try:
+            eval.run_command(train.main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            os._exit(status)
+    return pid
+
+whole, cut, kills, argv = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+began = time.time()
+assert os.waitpid(start([*argv, "--out", whole], False), 0)[1] == 0
+length, rng, killed = time.time() - began, random.Random(0), 0
+while True:
+    pid = start([*argv, "--out", cut], os.path.exists(cut + "/args.json"))
+    end = time.time() + rng.uniform(0, length) if killed < kills else float("inf")
+    while time.time() < end and not (done := os.waitpid(pid, os.WNOHANG))[0]:
+        time.sleep(0.002)
+    if done[0]:
+        assert done[1] == 0, done
+        if killed >= kills:
+            break
+        os.remove(cut + "/results.json")  # it finished before its moment: the end of it once more
+    else:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        killed += 1
+""" % str(ROOT)
+
+
+@pytest.mark.parametrize("task", [["--task", "p3", *SHORT, "--sets", "1"], ["--task", "hyperpretrain", "--batch-size", "2", "--gists", "4", "--limit", "4"]], ids=str)
+def test_a_run_killed_twenty_times_ends_otherwise(tmp_path, task):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    argv = [sys.executable, "-c", KILLER, whole, cut, 20, *task, "--steps", "8", "--save-every", "2"]
+    subprocess.run(list(map(str, argv)), check=True, timeout=200, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    if "p3" in task:
+        assert_same(whole, cut)
+        return
+    for name in ("state", "model", "gists"):
+        one, two = (load_tensors(out / f"{name}.safetensors")[0] for out in (whole, cut))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert losses(whole) == losses(cut) and len(losses(cut)) == 8
+    one, two = (json.loads((out / "results.json").read_text()) for out in (whole, cut))
+    assert one | {"seconds": 0, "args": 0} == two | {"seconds": 0, "args": 0}
+
+
+def test_two_killed_processes_end_otherwise(tmp_path):
+    start = [*PRETRAIN, "--steps", "6", "--save-every", "1"]
+    torchrun(2, *start, "--out", tmp_path / "whole")
+    argv, options = command(*start, "--out", tmp_path / "cut")
+    argv[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options["env"] |= {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **options)
+    while not (tmp_path / "cut" / "state.safetensors").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    torchrun(2, *start, "--out", tmp_path / "cut", "--resume")
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "cut"), abs=1e-6) and len(losses(tmp_path / "cut")) == 6
+
+
 # ------------------------------------------------------------------------- prefix tuning, own examples
 
 
@@ -294,6 +372,8 @@ def test_own_examples_are_not_compressed_kept_or_answered_behind(tmp_path, hyper
     assert kept.strip() == fresh.strip().splitlines()[-1] and kept.split()[0] in ("kilo", "jade")
 
     train(tmp_path / "other", "--steps", "1", "--no-controls", "--seed", "5")
+    another_base = run(hypernetwork, "--model", ROOT / "tiny" / "llama", program="eval.py", status=2).stderr
+    assert "was trained on another model" in another_base
     refused = run(tmp_path / "other", "--gists-file", gists, *question, program="eval.py", status=2).stderr
     assert "made with another run" in refused.strip().splitlines()[-1]
     examples.write_text('{"input": "a"}\n')

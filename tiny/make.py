@@ -1,12 +1,13 @@
-"""Makes the miniature: P3 folders, a tokenizer, a tiny Llama-2, and the same after compression hyperpretraining.
+"""Makes the miniature: data of four kinds, a tokenizer, a tiny Llama-2, and the same after compression hyperpretraining.
 
     python tiny/make.py            all of it, from a seed, in place of what lies beside this file
 
-Needs torch 2.9 or later (for the Muon optimizer); on two CPU cores it takes about half an hour.
+Needs torch 2.9 or later (for the Muon optimizer); on one CPU core it takes about an hour.
 
 Looking a word up among examples doesn't come by itself. It came in these steps, each on top of the
 one before: repeat a random string; look up single words; words in a phrase; words among others;
-sentences. Compression (paper, Section 5) then trains all parameters on
+sentences, tasks with a definition and topics. Compression (paper, Section 5) then trains all
+parameters on questions about such texts rather than on the texts, which at this size takes too long:
 
     loss of a label behind gists  +  half the ordinary loss of the same document in full
 """
@@ -393,7 +394,7 @@ def write_symbol(folder: Path, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
-TEXT_SHARES = (0, 0.4, 0.25, 0.1, 0.25, 0, 0)
+TEXTS, TEXT_SHARES = 600, (0, 0.4, 0.25, 0.1, 0.25, 0, 0)
 
 
 def write_text(folder: Path, tokenizer: Tokenizer, seed: int, texts: int) -> None:
@@ -437,7 +438,7 @@ def main() -> None:
             pretrain(model, tokenizer, args.seed, stages, log)
         save_checkpoint(base, model.config, dict(model.named_parameters()))
 
-    write_text(data["text"], Tokenizer(base), args.seed, texts=600)
+    write_text(data["text"], Tokenizer(base), args.seed, TEXTS)
     tokenizer, model = Tokenizer(base), load(base).requires_grad_(True)
     rows = torch.randperm(tokenizer.size, generator=torch.Generator().manual_seed(args.seed))[:GISTS]
     hyper = HyperLlama(model, model.embed_tokens.weight[rows].detach(), hyper=None, downstream=None)
