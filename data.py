@@ -592,7 +592,8 @@ class SymbolTask:
     def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
         """Training: 2 to 10 examples per class, whatever `shots` says."""
         labels = [rng.choice(list(self.classes)) for _ in range(queries)]
-        return self.episode(rng, rng.choice(TRAINING_SHOTS), [(l, rng.choice(self.classes[l])) for l in labels], False)
+        rows = [(label, rng.choice(self.classes[label])) for label in labels]
+        return self.episode(rng, rng.choice(TRAINING_SHOTS), rows, False)
 
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
         """An episode for each of at most 100 queries: its own symbols, format and examples."""

@@ -663,7 +663,8 @@ def print_cost(system: System, tasks: Sequence) -> None:
     G = args.gists
     print(f"{examples} tokens of examples, {query} of a query (means of {args.data}), {G} gists; one logit row a query\n")
     adapted = args.rank if system.hyper.downstream else 0
-    for name, c, size in ((args.model, system.model.config, system.model.embed_tokens.weight.element_size()), ("Llama-2-7B, bf16", LLAMA_2_7B, 2)):
+    own = (args.model, system.model.config, system.model.embed_tokens.weight.element_size())
+    for name, c, size in (own, ("Llama-2-7B, bf16", LLAMA_2_7B, 2)):
         bytes_of = 2 * c.layers * c.kv_heads * c.head_size * size  # of one token's keys and values
         ways = {  # once, per query, tokens kept
             "in context": (0, flops(c, examples + query, logits=1), 0),

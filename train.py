@@ -116,6 +116,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
             raise InputError("--task prefix has no --method: --init says how a prefix starts")
         if (args.init == "hyper") != (args.run is not None):
             raise InputError("--init hyper needs --run DIR, a finished run of --task p3; no other --init takes one")
+        if args.run:
+            run = read_args(Path(args.run))
+            if not (Path(args.run) / "adapters.safetensors").exists() or (run["task"], run["method"]) != ("p3", "hyper"):
+                raise InputError(f"--run {args.run}: not a finished hypernetwork for P3")
+            if run["gists"] != args.gists or Path(run["model"]).resolve() != Path(args.model).resolve():
+                raise InputError(f"--run {args.run}: has {run['gists']} gists and the model {run['model']}, other than this run")
     elif args.init or args.run:
         raise InputError("--init and --run belong to --task prefix")
     if args.downstream != "frozen" and (args.method != "hyper" or args.task in ("hyperpretrain", "prefix")):
@@ -242,7 +248,8 @@ def open_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bo
                     raise InputError(f"{out}: --resume with {name} = {value}, but the run has {before.get(name)}")
         elif out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
             if not overwrite:
-                state = "a finished run" if (out / "results.json").exists() else "an unfinished run or other files (--resume goes on with a run)"
+                unfinished = "an unfinished run or other files (--resume goes on with a run)"
+                state = "a finished run" if (out / "results.json").exists() else unfinished
                 raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
             if not (out / "args.json").exists():
                 raise InputError(f"{out}: holds something that is not a run, so it is not overwritten")
@@ -328,11 +335,11 @@ def train(
     resume: bool,
     rank: int,
     world: int,
-    measure: Callable[[int], dict] = lambda step: {},
+    measure: Callable[[int], dict] | None = None,
 ) -> None:
     """All steps from where the run stands. Ctrl-C ends it after a whole step, saved.
 
-    measure(step) adds to the log's line of a step.
+    measure(step) may add something to the log's line of a step.
 
     Step n reads the rows with numbers n·S … n·S + S - 1, S = accumulate · batch size; each process
     takes every world-th of them. So the number of processes changes no loss.
@@ -363,7 +370,7 @@ def train(
             read, stop = add_up([sum(batch.read for batch in some), len(interrupted)], device)
             seconds = time.time() - began
             line = {"step": step + 1, "loss": loss, "norm": norm, "lr": share * args.lr}
-            line |= {"tokens_per_second": round(read / seconds), "seconds": round(seconds, 4)} | measure(step + 1)
+            line |= {"tokens_per_second": round(read / seconds), "seconds": round(seconds, 4)} | (measure(step + 1) if measure else {})
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.set_postfix_str(f"loss {loss:.3f}, {read / seconds:,.0f} tokens/s", refresh=False)
@@ -385,14 +392,8 @@ def start_prefixes(system: System, tasks: list[P3Task], out: Path, resume: bool,
     args, device = system.args, system.device
     shots = [task.evaluation(args.seed, 0, args.shots, 1)[0] for task in tasks]
     if args.init == "hyper":
-        run = Path(args.run)
-        given = argparse.Namespace(**read_args(run) | {"device": args.device, "dtype": args.dtype})
-        if given.task != "p3" or given.method != "hyper" or given.gists != args.gists:
-            raise InputError(f"{run}: not a hypernetwork for P3 with {args.gists} gists")
-        if Path(given.model).resolve() != Path(args.model).resolve():
-            raise InputError(f"{run}: trained on {given.model}, not on {args.model}")
-        made_by = build(given)
-        load_trained(made_by, run)
+        made_by = build(argparse.Namespace(**read_args(Path(args.run)) | {"device": args.device, "dtype": args.dtype}))
+        load_trained(made_by, Path(args.run))
         with torch.no_grad():
             rows = [made_by.formatter.context_row(episode, made_by.gist_ids)[0] for episode in shots]
             system.hyper.start_from(made_by.hyper.compress(ragged(rows, device=device)))
@@ -434,7 +435,7 @@ def main() -> None:
     if args.batch_size < world:
         raise InputError(f"--batch-size {args.batch_size}: {world} processes need a row each")
     system = build(args)
-    measure = lambda step: {}
+    measure = None
     if args.task == "hyperpretrain":
         batches = TextBatches(args.data, system.formatter, system.gist_ids)
         about = f"{len(batches.paths)} files of text"

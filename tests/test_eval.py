@@ -6,8 +6,8 @@ import statistics
 
 import pytest
 import torch
-from conftest import G, REAL_DATA, ROOT, needs_real_data, random_hyper
-
+from conftest import REAL_DATA, ROOT, G, needs_real_data, random_hyper
+from make import write_jsonl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +16,6 @@ from data import P3Task, Split, p3_tasks, sni_tasks, symbol_tasks
 from eval import Condition, average, mean_pooled, rouge_l, score_options, settings
 from gist import Gists
 from llama import InputError, holes_mask
-from make import write_jsonl
 from train import parse
 
 PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10, 11, 12, 13]]
@@ -277,8 +276,8 @@ def write_run(folder, average, **args):
 
 
 def test_a_table_of_runs_is_not_mean_and_deviation(tmp_path):
-    for seed, average in enumerate((60.0, 70.0)):
-        write_run(tmp_path / "one_row" / f"seed{seed}", average)
+    for seed, value in enumerate((60.0, 70.0)):
+        write_run(tmp_path / "one_row" / f"seed{seed}", value)
     write_run(tmp_path / "two" / "seed0", 10.0)
     lines = evaluation.compare([tmp_path / "one_row", tmp_path / "two"]).splitlines()
     assert lines[0] == "| accuracy | result | 0-shot | seconds a run |" and len(lines) == 4

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import G, ROOT, random_hyper, random_llama, write_hf
+from conftest import ROOT, G, random_hyper, random_llama, write_hf
 from make import write_jsonl, write_tfrecord
 from test_llama import write_meta
 

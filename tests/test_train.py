@@ -416,6 +416,20 @@ def test_bad_input_is_a_traceback_or_leaves_something_behind(tmp_path, monkeypat
         (["--resume", "--overwrite"], "exclude"),
         (["--gists", "600", "--context", "600"], "no room"),
         (["--device", "gpu"], "--device"),
+        (["--fuse-instruction"], "belong to --task sni"),
+        (["--words", "w"], "--words belongs"),
+        (["--average", "2", "--concat", "2"], "exclude"),
+        (["--init", "random"], "belong to --task prefix"),
+        (["--task", "prefix"], "needs --run"),
+        (["--task", "prefix", "--run", tmp_path / "no"], "not the folder of a run"),
+        (["--task", "prefix", "--init", "random", "--run", tmp_path], "no other --init"),
+        (["--task", "prefix", "--init", "text", "--method", "fewshot"], "no --method"),
+        (["--task", "sni", "--data", tmp_path], "no splits/default"),
+        (["--task", "symbol", "--data", tmp_path], "no train sets"),
+        (["--task", "symbol", "--words", tmp_path / "no"], "not a file of words"),
+        (["--task", "hyperpretrain", "--data", tmp_path / "small"], "no .jsonl"),
+        (["--task", "hyperpretrain", "--quantize"], "no --quantize"),
+        (["--task", "hyperpretrain", "--downstream", "lora"], "--downstream lora"),
     ):
         assert message in error(monkeypatch, capsys, *start, *argv), argv
         assert not out.exists(), argv

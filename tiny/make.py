@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import world  # noqa: E402
+
 from data import SNI_LAYOUT, SYMBOL_LAYOUTS, Batch, Example, collate, draw_symbols, masked_crc32c  # noqa: E402
 from gist import HyperLlama  # noqa: E402
 from llama import Config, Llama, Tokenizer, load, ragged  # noqa: E402
