@@ -97,10 +97,15 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     add("--gist-lr", type=float, help="highest learning rate of the gist embeddings")
     add("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
     add("--out", metavar="DIR", help="run folder (default: runs/<task>-<method>…)")
-    add("--resume", action="store_true", help="continue the run in --out")
+    add("--resume", action="store_true", help="continue the run in --out, with its options")
     add("--overwrite", action="store_true", help="throw away what --out holds")
     parser.set_defaults(controls=True, context=None, query_length=None)
     args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if args.resume and args.out:  # what isn't said again is as it was; what is said must agree (open_folder)
+        parser.set_defaults(**read_args(Path(args.out)))
+        args = parser.parse_args(argv)
     if args.task is None:
         parser.error("--task is required")
 
@@ -130,8 +135,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     out, resume, overwrite = (vars(args).pop(name) for name in ("out", "resume", "overwrite"))
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
     return args, Path(out or default_folder(args)), resume, overwrite
 
 

@@ -446,6 +446,8 @@ def test_a_finished_run_is_overwritten_or_resumed_as_another(tmp_path, monkeypat
     assert "--overwrite" in refused("--out", out)
     assert "seed = 3, but the run has 0" in refused("--out", out, "--resume", "--seed", 3)
     assert (out / "results.json").read_bytes() == kept
+    run("--resume", "--out", out)  # needs no other option
+    assert {**json.loads(kept), "seconds": 0} == {**json.loads((out / "results.json").read_text()), "seconds": 0}
     train(out, "--steps", "1", "--overwrite", "--seed", "3")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
