@@ -496,6 +496,9 @@ COLUMNS = {
 }
 
 
+TEXT_COLUMNS = {"zeroshot": "without", "fewshot": "A D in full", "other_task": "other text's gists"}
+
+
 def print_table(tasks: Sequence, scores: dict[str, list[list[float]]], sizes: list[int], args: argparse.Namespace) -> None:
     """A row per group, a column per condition; ± over draws of examples."""
     unit = {"accuracy": "accuracy, %", "rougeL": "ROUGE-L"}[METRICS[args.task]]
@@ -537,20 +540,22 @@ def compare(rows: list[Path]) -> str:
                 training = [json.loads(line)["seconds"] for line in log.read_text().splitlines()] if log.exists() else []
                 columns = {"result": results["average"]} | results["baselines"] | results["controls"]
                 columns |= {"share kept, %": results["kept"]} if "kept" in results else {}
-                columns["seconds"] = results["seconds"] + sum(training)
                 metric, args = results["metric"], results["args"]
+                if args["task"] == "prefix":
+                    columns |= {name: task["mean"] for name, task in results["tasks"].items()}
+                columns["seconds"] = results["seconds"] + sum(training)
             except (OSError, ValueError, KeyError, TypeError) as problem:
                 raise InputError(f"{path}: not the results of a run ({problem})") from None
             for name, value in columns.items():
                 values.setdefault(name, []).append(value)
-    names = {name: None for values in found.values() for name in values if name != "seconds"}
-    digits = 3 if metric == "loss" else 1
-    heads = [COLUMNS.get(name, name).format(**args) if name in COLUMNS else name for name in names]
+    names = {name: None for values in found.values() for name in values if name != "seconds"}  # in order, each once
+    heads = COLUMNS | (TEXT_COLUMNS if metric == "loss" else {})
+    heads = [heads[name].format(**args) if name in heads else name for name in names]
     lines = [f"| {metric} | " + " | ".join([*heads, "seconds a run"]) + " |", "|---" * (len(names) + 2) + "|"]
     for row, values in found.items():
         cells = []
         for name in names:
-            some = values.get(name)
+            some, digits = values.get(name), 3 if metric == "loss" and "%" not in name else 1
             spreading = f" ± {statistics.stdev(some):.{digits}f}" if some and len(some) > 1 else ""
             cells.append(f"{statistics.fmean(some):.{digits}f}{spreading}" if some else "")
         lines.append("| " + " | ".join([row, *cells, f"{statistics.fmean(values['seconds']):.0f}"]) + " |")
@@ -674,7 +679,8 @@ def print_cost(system: System, tasks: Sequence) -> None:
         once, each, _ = ways["gists"]
         lines = [[name, "GFLOP once", "GFLOP a query", "bytes kept", "gists ahead after"]]
         for way, (first, then, kept) in ways.items():
-            after = "never" if then <= each else f"{max(1, math.floor((once - first) / (then - each)) + 1):,} queries"
+            count = math.floor((once - first) / (then - each)) + 1 if then > each else 0
+            after = f"{max(1, count):,} quer{'y' if count < 2 else 'ies'}" if then > each else "never"
             lines.append([way, f"{first / 1e9:,.2f}", f"{then / 1e9:,.3f}", f"{kept * bytes_of:,}", "" if way == "gists" else after])
         print_lines(lines)
         print()
@@ -762,7 +768,7 @@ def evaluate_text(system: System, batches: TextBatches) -> dict:
         "tasks": {"text": {"mean": means["gists"], "std": None, "n": count}},
         "average": means["gists"],
         "baselines": {"zeroshot": means["none"], "fewshot": means["full"]},
-        "controls": {"no_prefix": means["none"], "other_task": means["other"]},
+        "controls": {"other_task": means["other"]},
         "kept": kept,
         "seconds": round(time.time() - began, 1),
         "args": vars(args),

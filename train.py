@@ -73,6 +73,7 @@ DEFAULTS_OF_TASK = {
     ("large", "prefix"): {"steps": 3000, "lr": 3e-3},
     ("tiny", "prefix"): {"lr": 3e-2},
 }
+MLP_LR = 0.1  # an MLP that makes a prefix learns at this share of the rate of a flat prefix
 INITS = ("hyper", "shared", "random", "reparam", "text", "propagate")
 TINY_WIDTH = 512  # models narrower than this get the miniature's defaults
 BETAS, WARM_UP, MAX_NORM = (0.9, 0.99), 0.1, 1.0  # Adam; share of the steps; of the gradient
@@ -202,8 +203,9 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 def make_optimizer(system: System) -> torch.optim.Optimizer:
     """Adam. LoRA updates start at zero, gist embeddings at the size of words: they learn at rates of their own."""
     args, named = system.args, system.trainable()
+    mlp = isinstance(system.hyper, SoftPrefix) and system.hyper.kind == "reparam"
     groups = [
-        {"params": [p for name, p in named.items() if name != "gists"], "highest_lr": args.lr},
+        {"params": [p for name, p in named.items() if name != "gists"], "highest_lr": args.lr * (MLP_LR if mlp else 1)},
         {"params": [p for name, p in named.items() if name == "gists"], "highest_lr": args.gist_lr},
     ]
     return torch.optim.AdamW(groups, args.lr, BETAS, weight_decay=0.0)
