@@ -110,10 +110,11 @@ class Parquet(Sequence):
             from pyarrow.parquet import ParquetFile
         except ImportError:
             raise InputError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+        self.path, self.errors = path, (OSError, ValueError, pyarrow.ArrowException)
         try:
-            self.file = ParquetFile(path, memory_map=True)
-        except (OSError, pyarrow.ArrowException) as problem:
-            raise InputError(f"{path}: not a parquet file ({problem})") from None
+            self.file = ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        except self.errors as problem:
+            raise InputError(f"{path}: not a parquet file ({str(problem).splitlines()[0]})") from None
         groups = range(self.file.num_row_groups)
         self.ends = np.cumsum([self.file.metadata.row_group(g).num_rows for g in groups])
         self.group, self.rows = -1, []
@@ -124,7 +125,10 @@ class Parquet(Sequence):
     def __getitem__(self, i: int) -> dict:
         group = int(np.searchsorted(self.ends, i, side="right"))
         if group != self.group:
-            self.group, self.rows = group, self.file.read_row_group(group).to_pylist()
+            try:
+                self.group, self.rows = group, self.file.read_row_group(group).to_pylist()
+            except self.errors as problem:
+                raise InputError(f"{self.path}: row group {group + 1} can't be read ({str(problem).splitlines()[0]})") from None
         return self.rows[i - int(self.ends[group])]  # counted from the group's end: negative
 
 

@@ -435,11 +435,14 @@ class Tokenizer:
             raise InputError(f"{folder}: no tokenizer.model (a SentencePiece tokenizer is needed)")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
-        except (OSError, RuntimeError) as problem:
-            raise InputError(f"{path / 'tokenizer.model'}: not a SentencePiece model ({problem})") from None
+            self._newline = self.model.encode("\n")
+            keeps_newlines = self.model.decode(self._newline) == "\n"
+            keeps_newlines &= self.model.encode("\na")[: len(self._newline)] == self._newline
+        except (OSError, RuntimeError, ValueError) as problem:
+            reason = str(problem).splitlines()[0]
+            raise InputError(f"{path / 'tokenizer.model'}: not a SentencePiece model ({reason})") from None
         self.size, self.bos, self.eos = len(self.model), self.model.bos_id(), self.model.eos_id()
-        self._newline = self.model.encode("\n")
-        if self.model.encode("\na")[: len(self._newline)] != self._newline or self.model.decode(self._newline) != "\n":
+        if not keeps_newlines:
             raise InputError(f"{path / 'tokenizer.model'}: loses newlines, so it is not a Llama tokenizer")
         if min(self.bos, self.eos) < 0:
             raise InputError(f"{path / 'tokenizer.model'}: has no BOS or no EOS")
