@@ -162,7 +162,8 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
         rows = lookup_rows(rng, rng.choice((PHRASE, PAIR, SENTENCE)))
         lines += [line for _ in range(3) for line in rng.choice(LAYOUTS).format(x=next(rows)[0], y="").split("\n") if line]
         task = world.random_instruction(rng, world.LABELS, held_out=False)
-        text = SNI_LAYOUT.instruction.format(task.definition) + SNI_LAYOUT.example(rng.randint(1, 4), Example(*task.row(rng)))
+        example = Example(*task.row(rng))
+        text = SNI_LAYOUT.instruction.format(task.definition) + SNI_LAYOUT.example(rng.randint(1, 4), example)
         lines += [line for line in (text + SNI_LAYOUT.head).split("\n") if line]
     # SentencePiece sees a space before each line. Behind ":" a word is seen as at the start of a line.
     starts = [*WORDS, "Input", "Output"]
