@@ -22,7 +22,7 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -730,6 +730,15 @@ class Formatter:
         self.counts["targets"] += 1
         return fits
 
+    def fitting(self, draw: Callable[[], Episode]) -> Episode:
+        """What `draw` gives, without the queries whose target is too long; drawn again where none is left."""
+        for _ in range(100):
+            episode = draw()
+            queries = [query for query in episode.queries if self.fits(query)]
+            if queries:
+                return replace(episode, queries=queries)
+        raise InputError(f"no target fits into {self.downstream} tokens (--query-length)")
+
     def report(self) -> str:
         """What was left out or cut, in a line; empty if nothing was."""
         told = [
@@ -850,14 +859,10 @@ class TaskBatches:
         return self.formatter.context_row(episode, end, self.formatter.context - target)[0]
 
     def draw(self, rng: random.Random) -> Episode:
-        """An episode of some task, without the queries whose target is too long."""
-        for _ in range(100):
-            (task,) = rng.choices(self.tasks, self.weights)
-            episode = task.draw(rng, self.shots, self.queries)
-            queries = [query for query in episode.queries if self.formatter.fits(query)]
-            if queries:
-                return replace(episode, queries=queries)
-        raise InputError(f"no target fits into {self.formatter.downstream} tokens (--query-length)")
+        """An episode of some task."""
+        return self.formatter.fitting(
+            lambda: rng.choices(self.tasks, self.weights)[0].draw(rng, self.shots, self.queries)
+        )
 
 
 @dataclass
@@ -885,12 +890,10 @@ class PrefixBatches:
         return collate(None, row, prompts, targets)
 
     def draw(self, rng: random.Random, task: P3Task | None) -> Episode:
-        for _ in range(100):
-            drawn = task or rng.choices(self.tasks, [t.weight for t in self.tasks])[0]
-            episode = drawn.draw(rng, 0, 1)
-            if self.formatter.fits(episode.queries[0]):
-                return episode
-        raise InputError(f"no target fits into {self.formatter.downstream} tokens (--query-length)")
+        """An episode of this task, or of any."""
+        return self.formatter.fitting(
+            lambda: (task or rng.choices(self.tasks, [t.weight for t in self.tasks])[0]).draw(rng, 0, 1)
+        )
 
 
 # The eight prompts that the paper tunes prefixes on.

@@ -48,7 +48,7 @@ from data import (
     symbol_tasks,
 )
 from gist import Gists, HyperLlama, SoftPrefix, combine, load_gists, save_gists
-from llama import Config, InputError, Linear, Llama, Tokenizer, generate, holes_mask, load, ragged, read_config, real
+from llama import Config, InputError, Linear, Llama, Tokenizer, generate, holes_mask, load, ragged, read_config, real, seen_after
 from lora import NF4Linear, add_lora, assign, load_tensors
 
 # --------------------------------------------------------------------------------- a model to evaluate
@@ -215,9 +215,7 @@ def score_options(
     last = torch.arange(N, device=device) * T + lengths - 1
     logits, present = model(tokens, **before, adapter=adapter, select=last)
     first = logits.float().log_softmax(-1)  # [N, V]
-    P = present[0][0].shape[2] - T
-    seen = torch.ones(N, P, dtype=torch.bool, device=device) if prefix is None or prefix.seen is None else prefix.seen
-    seen = torch.cat((seen, real(lengths, T)), dim=1)  # [N, P + T]: the padding of prompts stays unseen
+    seen = seen_after(prefix and prefix.seen, present, lengths, T)  # the padding of prompts stays unseen
 
     flat = [(n, option) for n, choices in enumerate(options) for option in choices]
     row = torch.tensor([n for n, _ in flat], device=device)  # [M]
@@ -383,14 +381,22 @@ def score(system: System, episodes: list[Episode], others: list[Episode], condit
                 best = [query.options[row.index(max(row))] for query, row in zip(queries, rows)]
                 values = [100.0 * (answer == query.target) for answer, query in zip(best, queries)]
             else:
-                before = {} if gists is None else {"past": gists.past, "offset": gists.offset, "seen": gists.seen}
-                until = system.tokenizer.encode(some[0].layout.end)
-                rows = generate(system.model, given, MAX_NEW_TOKENS, system.tokenizer.eos, **before, adapter=condition.adapter, until=until)
-                values = [rouge_l(system.tokenizer.decode(row).strip(), q.references) for row, q in zip(rows, queries)]
+                answers = write_answers(system, some[0], given, gists, condition.adapter)
+                values = [rouge_l(answer, query.references) for answer, query in zip(answers, queries)]
             for i, value in zip(at, values):
                 found[i] = value
         scores += found
     return scores
+
+
+def write_answers(
+    system: System, episode: Episode, prompts: list[list[int]], prefix: Gists | None, adapter: str | None
+) -> list[str]:
+    """The model's own answers to prompts in the episode's layout. prefix: what stands before each of them."""
+    before = {} if prefix is None else {"past": prefix.past, "offset": prefix.offset, "seen": prefix.seen}
+    ends = {"eos": system.tokenizer.eos, "until": system.tokenizer.encode(episode.layout.end)}
+    rows = generate(system.model, prompts, MAX_NEW_TOKENS, **ends, **before, adapter=adapter)
+    return [system.tokenizer.decode(row).strip() for row in rows]
 
 
 def prepare(system: System, tasks: Sequence) -> tuple[Sequence, list[list[list[Episode]]]]:
@@ -610,10 +616,7 @@ def answer(system: System, gists: Gists, text: str, options: list[str]) -> str:
         shares = torch.tensor(scores).softmax(0).tolist()
         best = max(range(len(options)), key=scores.__getitem__)
         return f"{options[best]}  ({', '.join(f'{option} {100 * share:.0f} %' for option, share in zip(options, shares))})"
-    before = {"past": gists.past, "offset": gists.offset, "seen": gists.seen}
-    until = system.tokenizer.encode(episode.layout.end)
-    (tokens,) = generate(system.model, prompts, MAX_NEW_TOKENS, system.tokenizer.eos, **before, adapter=adapter, until=until)
-    return system.tokenizer.decode(tokens).strip()
+    return write_answers(system, episode, prompts, gists, adapter)[0]
 
 
 def use(system: System, run: Path, given: argparse.Namespace) -> None:
@@ -874,10 +877,8 @@ def complete(args: argparse.Namespace) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.task != "sni" and (args.instruction_downstream or args.fuse_instruction):
-        raise InputError("--instruction-downstream and --fuse-instruction belong to --task sni")
-    if args.method != "hyper" and (args.instruction_downstream or args.fuse_instruction):
-        raise InputError("--instruction-downstream and --fuse-instruction belong to --method hyper")
+    if (args.instruction_downstream or args.fuse_instruction) and (args.task != "sni" or args.method != "hyper"):
+        raise InputError("--instruction-downstream and --fuse-instruction belong to --task sni and --method hyper")
     if (args.average or args.concat) and (args.task != "p3" or args.method != "hyper"):
         raise InputError("--average and --concat belong to --task p3 and --method hyper")
     if args.average and args.concat:

@@ -434,7 +434,8 @@ class Tokenizer:
         if path is None:
             raise InputError(f"{folder}: no tokenizer.model (a SentencePiece tokenizer is needed)")
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+            self.path = path / "tokenizer.model"
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             self._newline = self.model.encode("\n")
             keeps_newlines = self.model.decode(self._newline) == "\n"
             keeps_newlines &= self.model.encode("\na")[: len(self._newline)] == self._newline
@@ -482,6 +483,13 @@ def holes_mask(seen: Tensor, T: int) -> Tensor:
     return torch.cat((seen[:, None].expand(B, T, P), causal.expand(B, T, T)), dim=2)
 
 
+def seen_after(seen: Tensor | None, present: Past, lengths: Tensor, T: int) -> Tensor:
+    """Which of a past and of the T right-padded tokens read behind it is real: [B, P + T] bool."""
+    B, P = len(lengths), present[0][0].shape[2] - T
+    before = torch.ones(B, P, dtype=torch.bool, device=lengths.device) if seen is None else seen
+    return torch.cat((before, real(lengths, T)), dim=1)
+
+
 @torch.no_grad()
 def generate(
     model: Llama,
@@ -512,9 +520,7 @@ def generate(
 
     # Behind a short prompt stands padding, in `present` too. It must stay unseen: here, and only
     # where a past has such holes, an explicit mask is needed.
-    P = present[0][0].shape[2] - T
-    seen = torch.ones(B, P, dtype=torch.bool, device=device) if seen is None else seen
-    seen = torch.cat((seen, real(lengths, T)), dim=1)  # [B, P + T]
+    seen = seen_after(seen, present, lengths, T)
     position, rows = offset + lengths, [[] for _ in range(B)]
     running = [max_new_tokens > 0] * B
     while any(running):

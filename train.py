@@ -310,10 +310,7 @@ def save_trained(out: Path, system: System, rank: int) -> None:
         return
     save_tensors(out / "gists.safetensors", {"gists": tensors.pop("gists")}, {})
     save_checkpoint(out, system.model.config, {name.removeprefix("model."): t for name, t in tensors.items()})
-    for folder in (Path(system.args.model), Path(system.args.model).absolute().parent):
-        if (folder / "tokenizer.model").exists():
-            shutil.copyfile(folder / "tokenizer.model", out / "tokenizer.model")
-            return
+    shutil.copyfile(system.tokenizer.path, out / "tokenizer.model")
 
 
 def save_checkpoint(folder: Path, c: Config, tensors: dict[str, Tensor]) -> None:
