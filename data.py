@@ -41,22 +41,20 @@ class JsonLines(Sequence):
     """A .jsonl file, by line number. Only the places where lines begin are kept in memory."""
 
     def __init__(self, path: Path):
-        self.path, self.data = path, map_file(path)
-        newlines = [0]
-        for start in range(0, len(self.data), 1 << 24):
-            block = np.frombuffer(self.data[start : start + (1 << 24)], dtype=np.uint8)
+        data, newlines = map_file(path), [np.zeros(1, dtype=np.int64)]
+        for start in range(0, len(data), 1 << 24):
+            block = np.frombuffer(data[start : start + (1 << 24)], dtype=np.uint8)
             newlines.append(np.flatnonzero(block == ord("\n")) + start + 1)
-        bounds = np.append(np.concatenate([np.atleast_1d(part) for part in newlines]), len(self.data))
-        self.starts, self.ends = bounds[:-1], bounds[1:]
-        if len(self.starts) and self.starts[-1] == self.ends[-1]:  # the file ends with a newline
-            self.starts, self.ends = self.starts[:-1], self.ends[:-1]
+        if len(data) and data[len(data) - 1 :] != b"\n":  # the last line has no end of its own
+            newlines.append(np.array([len(data)]))
+        self.path, self.bounds = path, np.concatenate(newlines)  # of n lines: n + 1
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.bounds) - 1
 
     def __getitem__(self, i: int) -> dict:
         try:
-            row = json.loads(self.data[self.starts[i] : self.ends[i]])
+            row = json.loads(read_bytes(self.path, self.bounds[i], self.bounds[i + 1]))
         except UnicodeDecodeError:
             raise InputError(f"{self.path}: line {i + 1} is not UTF-8") from None
         except json.JSONDecodeError as problem:
@@ -74,26 +72,25 @@ class TFRecords(Sequence):
     """
 
     def __init__(self, path: Path):
-        self.path, self.data = path, map_file(path)
-        starts, at = [], 0
-        while at < len(self.data):
-            starts.append(at)
-            if at + 12 > len(self.data):
-                break
-            at += 16 + struct.unpack_from("<Q", self.data, at)[0]
-        if at != len(self.data):
-            raise InputError(f"{path}: record {len(starts)} is cut off or its length is corrupt")
-        self.starts = np.array(starts, dtype=np.int64)
+        data, bounds = map_file(path), [0]
+        while (at := bounds[-1]) + 12 <= len(data):
+            bounds.append(at + 16 + struct.unpack_from("<Q", data, at)[0])
+        if bounds[-1] != len(data):
+            raise InputError(f"{path}: record {max(1, len(bounds) - 1)} is cut off or its length is corrupt")
+        self.path, self.bounds = path, np.array(bounds)
+        # The checksums of all lengths at once: byte 0 of every record, then byte 1, …
+        heads = np.frombuffer(data, dtype=np.uint8)[self.bounds[:-1, None] + np.arange(12)].astype(np.int64).T
+        wrong = masked_crc32c(heads[:8], np.array(_CRC_TABLE)) != heads[8:].T @ (1 << 8 * np.arange(4))
+        if wrong.any():
+            raise InputError(f"{path}: the length of record {wrong.argmax() + 1} fails its checksum")
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.bounds) - 1
 
     def __getitem__(self, i: int) -> dict:
-        at = int(self.starts[i])
-        length, length_sum = struct.unpack_from("<QI", self.data, at)
-        data = self.data[at + 12 : at + 12 + length]
-        (data_sum,) = struct.unpack_from("<I", self.data, at + 12 + length)
-        if masked_crc32c(self.data[at : at + 8]) != length_sum or masked_crc32c(data) != data_sum:
+        record = read_bytes(self.path, self.bounds[i], self.bounds[i + 1])
+        data = record[12:-4]
+        if masked_crc32c(data) != int.from_bytes(record[-4:], "little"):
             raise InputError(f"{self.path}: record {i + 1} fails its checksum")
         try:
             return parse_example(data)
@@ -133,9 +130,19 @@ class Parquet(Sequence):
 
 
 def map_file(path: Path) -> mmap.mmap | bytes:
+    """A file's bytes, without reading them. To be dropped soon: a map holds a file open, and data has thousands."""
     try:
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+    except OSError as problem:
+        raise InputError(f"{path}: {problem.strerror}") from None
+
+
+def read_bytes(path: Path, start: int, end: int) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(end - start)
     except OSError as problem:
         raise InputError(f"{path}: {problem.strerror}") from None
 
@@ -152,11 +159,11 @@ def _crc_table() -> list[int]:
 _CRC_TABLE = _crc_table()
 
 
-def masked_crc32c(data: bytes) -> int:
-    """CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant."""
+def masked_crc32c(data: bytes | np.ndarray, table: list[int] | np.ndarray = _CRC_TABLE) -> int | np.ndarray:
+    """CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant. Of n messages at once: [bytes, n]."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -369,6 +376,11 @@ class Split(Sequence):
         target = text["targets_pretokenized"].strip()
         return Example(text["inputs_pretokenized"].strip(), target, options)
 
+    def check(self, count: int) -> None:
+        """Read so many rows, evenly spaced: what is wrong with all of them is found before a long run, not in it."""
+        for i in range(0, len(self), max(1, len(self) // count)):
+            self[i]
+
     def scorable(self, i: int) -> Example:
         """Example i, with options that are there, differ, and hold the target; else InputError."""
         example = self[i]
@@ -381,6 +393,7 @@ class Split(Sequence):
 
 
 MAX_WEIGHT = 30_000  # rows of one task that count when tasks are drawn
+ROWS_CHECKED = 50_000  # training rows that are read at the start, over all tasks: every row of a small folder
 
 
 @dataclass(frozen=True)
@@ -454,12 +467,13 @@ def p3_tasks(folder: str | Path, split: str) -> list[P3Task]:
     """The training tasks (split "train") or the held-out ones ("test") of a P3 folder."""
     folder = existing(folder)
     root = folder if (folder / "splits").is_dir() or not (folder / "data").is_dir() else folder / "data"
-    tasks = []
-    for name, dataset in p3_names(root, split).items():
+    tasks, names = [], p3_names(root, split)
+    for name, dataset in tqdm(names.items(), desc=f"reading {split} tasks", leave=False, delay=1):
         if not (root / name).is_dir():
             raise InputError(f"{root}: the task {name}, listed in splits/{split}_tasks.txt, has no folder")
         validation = Split(root / name, "validation") if split == "test" else None
         tasks.append(P3Task(name, dataset, Split(root / name, "train"), validation))
+        tasks[-1].train.check(ROWS_CHECKED // len(names))
     if not tasks:
         kind = "training" if split == "train" else "held-out"
         raise InputError(f"{root}: no {kind} tasks of P3 here (splits/{split}_tasks.txt may name them)")
@@ -920,23 +934,41 @@ class TextBatches:
         paths = sorted(path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
         if not paths:
             raise InputError(f"{folder}: no .jsonl or .jsonl.gz files with text")
-        self.paths, self.data = paths, [unpack(path) for path in paths]
-        self.borders = [data.find(b"\n", len(data) * 19 // 20) + 1 for data in self.data]  # behind: evaluation
-        for path, data, border in zip(paths, self.data, self.borders):
-            if not 0 < border < len(data):
+        self.paths, self.borders, self.sizes = paths, [], []
+        self.unpacked = tempfile.TemporaryDirectory(prefix="text-")
+        for n, path in enumerate(paths):
+            data = map_file(self.plain(n))
+            self.sizes.append(len(data))
+            self.borders.append(data.find(b"\n", len(data) * 19 // 20) + 1)  # behind it: evaluation
+            if not 0 < self.borders[-1] < len(data):
                 raise InputError(f"{path}: too few lines to keep some for evaluation")
+            for at in (0, self.borders[-1]):  # a file that holds something else is found now
+                text_of(data[at : data.find(b"\n", at) + 1 or len(data)], f"{path}: byte {at}")
         self.formatter, self.gist_ids = formatter, gist_ids
         self.outer = (formatter.context - len(gist_ids) - 1) // 2  # tokens of A, and of D
         self.inner = (formatter.downstream - 1) // 2  # of B, and of C
         if min(self.outer, self.inner) < 1:
             raise InputError("--context and --query-length leave no room for segments of text")
 
+    def plain(self, n: int) -> Path:
+        """File number n, or what was packed in it: nothing can be found inside a .gz, so it is unpacked once."""
+        path, unpacked = self.paths[n], Path(self.unpacked.name) / str(n)
+        if path.suffix != ".gz":
+            return path
+        try:
+            if not unpacked.exists():
+                with open(unpacked, "wb") as file, gzip.open(path) as packed:
+                    shutil.copyfileobj(packed, file)
+        except (OSError, EOFError, zlib.error) as problem:
+            raise InputError(f"{path}: can't be unpacked ({problem})") from None
+        return unpacked
+
     def window(self, rng: random.Random, test: bool) -> list[int]:
         """The tokens of A B C D: a stretch of one text, or of several where they are short."""
         needed, eos = 2 * (self.outer + self.inner), self.formatter.tokenizer.eos
-        (file,) = rng.choices(range(len(self.data)), [len(data) for data in self.data])
-        path, data, border = self.paths[file], self.data[file], self.borders[file]
-        start, end = (border, len(data)) if test else (0, border)
+        (file,) = rng.choices(range(len(self.paths)), self.sizes)
+        path, data, border = self.paths[file], map_file(self.plain(file)), self.borders[file]
+        start, end = (border, self.sizes[file]) if test else (0, border)
         at = data.find(b"\n", rng.randrange(start, end), end) + 1 or start  # the beginning of some line
         tokens: list[int] = []
         for _ in range(needed + 1):
@@ -964,19 +996,6 @@ class TextBatches:
             context.append([bos, *tokens[: middle.start], *tokens[middle.stop :], *self.gist_ids])
             targets.append(tokens[middle])
         return collate(context, list(range(len(context))), [[bos]] * len(context), targets)
-
-
-def unpack(path: Path) -> mmap.mmap | bytes:
-    """A file's bytes, mapped; those of a .gz from a temporary file, since nothing can be found inside it."""
-    if path.suffix != ".gz":
-        return map_file(path)
-    try:
-        with tempfile.NamedTemporaryFile() as plain, gzip.open(path) as packed:
-            shutil.copyfileobj(packed, plain)
-            plain.flush()
-            return map_file(Path(plain.name))
-    except (OSError, EOFError, zlib.error) as problem:
-        raise InputError(f"{path}: can't be unpacked ({problem})") from None
 
 
 def text_of(line: bytes, where: str) -> str:

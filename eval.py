@@ -48,7 +48,21 @@ from data import (
     symbol_tasks,
 )
 from gist import Gists, HyperLlama, SoftPrefix, combine, load_gists, save_gists
-from llama import Config, InputError, Linear, Llama, Tokenizer, generate, holes_mask, load, ragged, read_config, real, seen_after
+from llama import (
+    Config,
+    InputError,
+    Linear,
+    Llama,
+    Tokenizer,
+    generate,
+    holes_mask,
+    load,
+    positions_of,
+    ragged,
+    read_config,
+    real,
+    seen_after,
+)
 from lora import NF4Linear, add_lora, assign, load_tensors
 
 # --------------------------------------------------------------------------------- a model to evaluate
@@ -328,7 +342,7 @@ def read_rows(system: System, rows: list[list[int]], adapter: str | None) -> Gis
     """The keys and values of every token of some rows: few-shot prompting, as a prefix."""
     tokens = ragged(rows, device=system.device)
     lengths = torch.tensor([len(row) for row in rows], device=system.device)
-    _, present = system.model(tokens, adapter=adapter, keys_values_only=True)
+    _, present = system.model(tokens, adapter=adapter, keep=positions_of(tokens))
     return Gists(present, lengths, real(lengths, tokens.shape[1]) if len(rows) > 1 else None)
 
 
@@ -469,8 +483,8 @@ def copying(tasks: list[list[Episode]]) -> dict[str, list[list[float]]]:
 
 
 def other_task(tasks: Sequence, t: int) -> int:
-    """The next task of another group (itself, where there is none)."""
-    order = [*range(t + 1, len(tasks)), *range(t)]
+    """By name, the next task of another group (itself, where there is none)."""
+    order = sorted(range(len(tasks)), key=lambda i: (tasks[i].name <= tasks[t].name, tasks[i].name))
     return next((i for i in order if tasks[i].group != tasks[t].group), t)
 
 
@@ -478,7 +492,7 @@ def average(tasks: Sequence, scores: list[list[float]], sizes: list[int], kind: 
     """Mean over draws; then over all instances (S-NI), or over a group's tasks and then over groups."""
     means = [statistics.fmean(found) for found in scores]
     if kind == "sni":
-        return sum(mean * size for mean, size in zip(means, sizes)) / sum(sizes)
+        return math.fsum(mean * size for mean, size in zip(means, sizes)) / sum(sizes)
     groups: dict[str, list[float]] = {}
     for task, mean in zip(tasks, means):
         groups.setdefault(task.group, []).append(mean)
@@ -645,20 +659,23 @@ def use(system: System, run: Path, given: argparse.Namespace) -> None:
 LLAMA_2_7B = Config(32000, 4096, 32, 32, 32, 128, 11008, 1e-5, 10000.0, 4096)
 
 
-def flops(c: Config, tokens: int, past: int = 0, logits: int = 0, rank: int = 0, keys_values_only: bool = False) -> int:
+def flops(c: Config, tokens: int, past: int = 0, logits: int = 0, rank: int = 0, kept: int = 0) -> int:
     """Floating-point operations of the matrix products of one forward pass; rank: of a LoRA set that acts.
 
+    logits: at how many positions they are wanted; kept: at how many keys and values alone are wanted.
     As they are computed: every query against every key, also those that the causal mask hides.
     """
     q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
 
-    def linears(*shapes: tuple[int, int]) -> int:
-        return sum(2 * tokens * (m * n + rank * (m + n)) for m, n in shapes)
+    def linears(*shapes: tuple[int, int]) -> int:  # for one token
+        return sum(2 * (m * n + rank * (m + n)) for m, n in shapes)
 
     made = linears((c.width, kv), (c.width, kv))  # keys and values
-    rest = linears((c.width, q), (q, c.width), *[(c.width, c.hidden)] * 2, (c.hidden, c.width))
-    attention = 2 * 2 * tokens * (past + tokens) * q
-    layers = c.layers * made + (c.layers - keys_values_only) * (rest + attention)
+    asked = linears((c.width, q)) + 2 * 2 * (past + tokens) * q
+    rest = linears((q, c.width), *[(c.width, c.hidden)] * 2, (c.hidden, c.width))
+    if kept:  # the last layer but one goes on from the kept positions, and the last makes their keys and values alone
+        return (c.layers - 1) * tokens * (made + asked) + ((c.layers - 2) * tokens + kept) * rest + kept * made
+    layers = c.layers * tokens * (made + asked) + ((c.layers - 1) * tokens + logits) * rest
     return layers + 2 * logits * c.width * c.vocab
 
 
@@ -676,8 +693,8 @@ def print_cost(system: System, tasks: Sequence) -> None:
         bytes_of = 2 * c.layers * c.kv_heads * c.head_size * size  # of one token's keys and values
         ways = {  # once, per query, tokens kept
             "in context": (0, flops(c, examples + query, logits=1), 0),
-            "examples kept": (flops(c, examples, keys_values_only=True), flops(c, query, examples, 1), examples),
-            "gists": (flops(c, examples + G, 0, 0, args.rank, True), flops(c, query, G, 1, adapted), G),
+            "examples kept": (flops(c, examples, kept=examples), flops(c, query, examples, 1), examples),
+            "gists": (flops(c, examples + G, rank=args.rank, kept=G), flops(c, query, G, 1, adapted), G),
         }
         once, each, _ = ways["gists"]
         lines = [[name, "GFLOP once", "GFLOP a query", "bytes kept", "gists ahead after"]]

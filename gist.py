@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import InputError, Llama, Past, Tokenizer, holes_mask, load, ragged
+from llama import InputError, Llama, Past, Tokenizer, holes_mask, load, positions_of, ragged
 from lora import add_lora, load_tensors, save_tensors
 
 
@@ -86,7 +87,7 @@ class HyperLlama(nn.Module):
         """Embeddings of words and gists. [B, T] ids -> [B, T, D]"""
         V = self.model.config.vocab
         words = self.model.embed_tokens(tokens.clamp(max=V - 1))
-        gists = self.gists[(tokens - V).clamp(min=0)].to(words.dtype)
+        gists = F.embedding((tokens - V).clamp(min=0), self.gists).to(words.dtype)
         return torch.where((tokens >= V)[..., None], gists, words)
 
     def compress(self, tokens: Tensor, start: Tensor | None = None, kept: Tensor | None = None) -> Gists:
@@ -100,17 +101,14 @@ class HyperLlama(nn.Module):
         G, B = len(self.gists), len(tokens)
         start = torch.zeros_like(tokens[:, 0]) if start is None else start
         first = (tokens >= self.model.config.vocab).int().argmax(1)  # [B] where the gists begin
-        _, present = self.model(self.embed(tokens), offset=start, adapter=self.hyper, keys_values_only=True)
         at, seen = first[:, None] + torch.arange(G, device=tokens.device), None  # [B, G]
         if kept is not None:
             lead = torch.arange(int(kept.max()), device=tokens.device).expand(B, -1)
             seen = torch.cat((lead < kept[:, None], torch.ones_like(at, dtype=torch.bool)), dim=1)
             at = torch.cat((lead, at), dim=1)
 
-        def cut(x: Tensor) -> Tensor:  # [B, K, T, hd] -> [B, K, P, hd]
-            return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-        return Gists([(cut(k), cut(v)) for k, v in present], start + first + G, seen)
+        _, past = self.model(self.embed(tokens), offset=start, adapter=self.hyper, keep=at)
+        return Gists(past, start + first + G, seen)
 
     def forward(self, batch) -> Tensor:
         """Both passes. A data.Batch -> logits at its targets, [N, V].
@@ -208,7 +206,7 @@ class SoftPrefix(nn.Module):
         hooks = [layer.register_forward_pre_hook(add(p)) for layer, p in zip(self.model.layers, self.table)]
         try:
             slots = torch.zeros_like(self.table[0], dtype=self.model.embed_tokens.weight.dtype)
-            return self.model(slots, keys_values_only=True)[1]
+            return self.model(slots, keep=positions_of(slots))[1]
         finally:
             for hook in hooks:
                 hook.remove()

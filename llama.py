@@ -15,7 +15,7 @@ Shapes: B batch, T tokens, P past length, D width, V vocabulary, H heads, K KV h
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 Past = Sequence[tuple[Tensor, Tensor]]  # per layer: key, value, each [B, K, P, hd]; keys are rotated
@@ -151,8 +152,7 @@ class Linear(nn.Module):
         y = self.matmul(x)
         for name, gate in adapter.items():
             if name in self.lora:
-                update = self.lora[name](x)
-                y = y + (update if gate is None else gate * update)
+                y = y + self.lora[name](x, gate)
         return y
 
 
@@ -163,9 +163,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()  # the mean of squares is too coarse in bf16
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        # The mean of squares, as |x|²/D: one pass over x, in float32, since bf16 is too coarse for it.
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.shape[-1]
+        return self.weight * (x * torch.rsqrt(mean + self.eps)).to(x.dtype)
+
+
+def positions_of(x: Tensor) -> Tensor:
+    """0 … T-1 in each row of x [B, T, …]. [B, T]"""
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
 
 def rotary_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -205,6 +210,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=grouped)
 
 
+class Room:
+    """One layer's past with room for more tokens: they are written behind it, where cat would copy it all. No gradient."""
+
+    def __init__(self, k: Tensor, v: Tensor, more: int):
+        self.length = k.shape[2]
+        self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (k, v))  # [B, K, P, hd] -> [B, K, P + more, hd]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length], self.v[:, :, start : self.length] = k, v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config, linear: type[Linear]):
         super().__init__()
@@ -221,15 +239,28 @@ class Attention(nn.Module):
         """Keys and values of the past followed by those of x: two [B, K, P + T, hd]."""
         k = rotate(self.heads(self.k_proj(x, adapter)), angles)
         v = self.heads(self.v_proj(x, adapter))
+        if isinstance(past, Room):
+            return past.append(k, v)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         return k, v
 
     def forward(self, x, angles, past, mask, adapter) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[B, T, H*hd], before o_proj; and the keys and values."""
         q = rotate(self.heads(self.q_proj(x, adapter)), angles)
         k, v = self.keys_values(x, angles, past, adapter)
-        y = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # [B, H, T, hd] -> [B, T, H*hd]
-        return self.o_proj(y, adapter), (k, v)
+        return attend(q, k, v, mask).transpose(1, 2).flatten(2), (k, v)
+
+
+def recomputed(function: Callable, *inputs):
+    """function(*inputs), of which backward keeps the inputs alone and computes the rest again. The bits are the same."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -240,7 +271,12 @@ class MLP(nn.Module):
         self.down_proj = linear(config.hidden, config.width)
 
     def forward(self, x: Tensor, adapter) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
+        return self.down_proj(recomputed(swiglu, self.gate_proj(x, adapter), self.up_proj(x, adapter)), adapter)
+
+
+def narrowed(adapter: Mapping[str, Tensor | None], at) -> dict[str, Tensor | None]:
+    """The sets that act, with their gates at some positions only."""
+    return {name: None if gate is None else gate[at] for name, gate in adapter.items()}
 
 
 class Block(nn.Module):
@@ -251,12 +287,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config, linear)
 
-    def forward(self, x, angles, past, mask, adapter, keys_values_only) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    def forward(self, x, angles, past, mask, adapter, at) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        """at: an index into [B, T], the positions that are needed behind this layer; None: none is.
+
+        Keys and values are made of every position, all that comes after them only where it is needed.
+        """
         h = self.input_layernorm(x)
-        if keys_values_only:
+        if at is None:
             return None, self.self_attn.keys_values(h, angles, past, adapter)
         y, present = self.self_attn(h, angles, past, mask, adapter)
-        x = x + y
+        x, y, adapter = x[at], y[at], narrowed(adapter, at)
+        x = x + self.self_attn.o_proj(y, adapter)
         return x + self.mlp(self.post_attention_layernorm(x), adapter), present
 
 
@@ -269,6 +310,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, linear) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
+        self.checkpoint_activations = False  # keep only what goes from layer to layer for backward: less memory, more work
 
     def forward(
         self,
@@ -279,7 +321,7 @@ class Llama(nn.Module):
         adapter: Adapter = None,
         mask: Tensor | None = None,
         select: Tensor | None = None,
-        keys_values_only: bool = False,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
         """Read tokens after what came before.
 
@@ -289,30 +331,40 @@ class Llama(nn.Module):
         adapter  name of the LoRA set that acts, or {name: gate [B, T, 1]} to let it act in places
         mask     [B, T, P + T] bool, True = may look; default: causal, and the past is seen whole
         select   [N] the positions whose logits are wanted, as indices into B·T (default: every one)
-        keys_values_only  stop where the last layer has its keys and values
+        keep     [B, G] the positions whose keys and values are all that is wanted
 
-        Returns logits [B, T, V], or [N, V] with `select`, or None with `keys_values_only`; and the
-        keys and values of past and tokens together: the `past` for what comes next.
+        Returns logits [B, T, V], or [N, V] with `select`; and the keys and values of past and tokens
+        together: the `past` for what comes next. With `keep`: None, and the keys and values there.
+        What neither depends on is not computed.
         """
         if past is not None and offset is None:
             raise ValueError("a past needs an offset: the position at which the new tokens go on")
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
-        positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        angles = rotary_angles(positions if offset is None else positions + offset[:, None], self.config)
+        B, T, last = *x.shape[:2], len(self.layers) - 1
+        positions = positions_of(x) if offset is None else positions_of(x) + offset[:, None]
+        angles = rotary_angles(positions, self.config)
         gates = {adapter: None} if isinstance(adapter, str) else adapter or {}
         for name in gates:  # every set has the first layer's keys
             if name is not None and name not in self.layers[0].self_attn.k_proj.lora:
                 raise ValueError(f"there is no LoRA set {name!r}")
 
-        present = []
+        needed = {}  # behind which layer only some positions are needed, or none; else all are
+        if select is not None:
+            needed[last] = (select // T, select % T)
+        if keep is not None:
+            at = (torch.arange(B, device=x.device)[:, None], keep)
+            needed |= {last - 1: at, last: None}
+
+        present, x = [], x[needed.get(-1, ...)]
         for i, layer in enumerate(self.layers):
-            stop = keys_values_only and i == len(self.layers) - 1
-            x, keys_values = layer(x, angles, None if past is None else past[i], mask, gates, stop)
+            if i == last and keep is not None:
+                present = [(k[:, :, -T:].transpose(1, 2)[at], v[:, :, -T:].transpose(1, 2)[at]) for k, v in present]
+                present = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in present]
+                past, angles, gates = None, rotary_angles(positions[at], self.config), narrowed(gates, at)
+            inputs = (x, angles, None if past is None else past[i], mask, gates, needed.get(i, ...))
+            x, keys_values = recomputed(layer, *inputs) if self.checkpoint_activations else layer(*inputs)
             present.append(keys_values)
-        if keys_values_only:
-            return None, present
-        x = x if select is None else x.flatten(0, 1)[select]
-        return self.lm_head(self.norm(x)), present
+        return None if keep is not None else self.lm_head(self.norm(x)), present
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -372,9 +424,10 @@ def _read_hf(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
         raise InputError(f"{folder}: no model*.safetensors files")
     for name in names:
         with safe_open(folder / name, framework="pt") as file:
-            for key in file.keys():
-                if not key.endswith("rotary_emb.inv_freq"):  # old exports store this constant
-                    yield key.removeprefix("model."), file.get_tensor(key)
+            keys = [key for key in file.keys() if not key.endswith("rotary_emb.inv_freq")]  # old exports store this constant
+        for key in keys:
+            with safe_open(folder / name, framework="pt") as file:  # a new map each time: what was read leaves memory
+                yield key.removeprefix("model."), file.get_tensor(key)
 
 
 _META_NAMES = {  # Meta's name -> Hugging Face's
@@ -521,6 +574,7 @@ def generate(
     # Behind a short prompt stands padding, in `present` too. It must stay unseen: here, and only
     # where a past has such holes, an explicit mask is needed.
     seen = seen_after(seen, present, lengths, T)
+    room = [Room(*layer, max_new_tokens) for layer in present]
     position, rows = offset + lengths, [[] for _ in range(B)]
     running = [max_new_tokens > 0] * B
     while any(running):
@@ -534,8 +588,7 @@ def generate(
                 running[b] = not ended and len(rows[b]) < max_new_tokens
         if not any(running):
             break
-        step = {"past": present, "offset": position, "mask": holes_mask(seen, 1), "adapter": adapter}
-        logits, present = model(token[:, None], **step)
+        logits, _ = model(token[:, None], past=room, offset=position, mask=holes_mask(seen, 1), adapter=adapter)
         logits = logits[:, 0]
         seen = torch.cat((seen, seen.new_ones(B, 1)), dim=1)
         position = position + 1

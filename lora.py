@@ -26,7 +26,7 @@ from llama import InputError, Linear, Llama
 
 
 class LoRA(nn.Module):
-    """x [..., inputs] -> (alpha / rank) · B A x [..., outputs]. Zero at the start, because B is."""
+    """x [..., inputs] -> gate · (alpha / rank) · B A x [..., outputs]. Zero at the start, because B is."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, alpha: float):
         super().__init__()
@@ -34,9 +34,11 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(outputs, rank))
         self.scale = alpha / rank
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         # Parameters stay float32, whatever the base computes in: small updates get lost in bf16.
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+        h = F.linear(x, self.A.to(x.dtype)) * self.scale  # [..., rank]: scaling is cheap here
+        # Copying the small B.T: in backward, a transposed view would become a product that is slow on a CPU.
+        return (h if gate is None else gate * h) @ self.B.to(x.dtype).T.contiguous()
 
 
 def linears(model: Llama) -> dict[str, Linear]:
@@ -62,6 +64,9 @@ def add_lora(
         linear.lora[name] = lora.to(linear.weight.device)
 
 
+BLOCK = 64  # numbers with one scale
+
+
 class NF4Linear(Linear):
     """A linear whose weight is stored as NF4: four bits per number, one scale per block of 64.
 
@@ -75,10 +80,17 @@ class NF4Linear(Linear):
     """
 
     def place(self, weight: Tensor, device: torch.device | str, dtype: torch.dtype) -> None:
-        from bitsandbytes.functional import quantize_4bit  # slow to import, and only needed here
+        from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise  # slow to import, and only needed here
 
-        codes, self.state = quantize_4bit(weight.to(device, dtype), quant_type="nf4", compress_statistics=True)
-        self.weight = nn.Parameter(codes, requires_grad=False)
+        # A million numbers at a time: on the way, quantizing takes many times the room of the result.
+        parts = [quantize_4bit(part, blocksize=BLOCK, quant_type="nf4") for part in weight.to(device, dtype).flatten().split(1 << 20)]
+        scales = torch.cat([state.absmax for _, state in parts])  # one for each block
+        middle = scales.mean()
+        scales, scales_of_scales = quantize_blockwise(scales - middle, blocksize=256)
+        self.weight = nn.Parameter(torch.cat([codes for codes, _ in parts]), requires_grad=False)
+        self.state = QuantState(
+            scales, weight.shape, parts[0][1].code, BLOCK, "nf4", dtype, offset=middle, state2=scales_of_scales
+        )
 
     def matmul(self, x: Tensor) -> Tensor:
         from bitsandbytes import matmul_4bit

@@ -55,7 +55,7 @@ from eval import (
     write_json,
 )
 from gist import Gists, SoftPrefix
-from llama import Config, InputError, ragged, read_config
+from llama import Config, InputError, positions_of, ragged, read_config
 from lora import assign, load_tensors, save_tensors
 
 # The paper's table of hyperparameters isn't public. These are our choice: for large models, and for
@@ -96,6 +96,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     add("--accumulate", type=positive, default=1, help="batches in a step")
     add("--lr", type=float, help="highest learning rate of the LoRA sets (hyperpretrain: of the model)")
     add("--gist-lr", type=float, help="highest learning rate of the gist embeddings")
+    add("--checkpoint-activations", action="store_true",
+        help="compute each layer again for its gradient, rather than keep what it needs: less memory, same bits")  # fmt: skip
     add("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
     add("--out", metavar="DIR", help="run folder (default: runs/<task>-<method>…)")
     add("--resume", action="store_true", help="continue the run in --out, with its options")
@@ -165,13 +167,10 @@ def start_processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def add_up(numbers: list[float], device: torch.device) -> list[float]:
-    """The sum over all processes."""
-    if not dist.is_initialized():
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+def add_up(*tensors: Tensor) -> None:
+    """Each tensor becomes the sum over all processes."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
 
 
 def shard(system: System) -> None:
@@ -208,16 +207,19 @@ def make_optimizer(system: System) -> torch.optim.Optimizer:
         {"params": [p for name, p in named.items() if name != "gists"], "highest_lr": args.lr * (MLP_LR if mlp else 1)},
         {"params": [p for name, p in named.items() if name == "gists"], "highest_lr": args.gist_lr},
     ]
-    return torch.optim.AdamW(groups, args.lr, BETAS, weight_decay=0.0)
+    return torch.optim.AdamW(groups, args.lr, BETAS, weight_decay=0.0, fused=True)
 
 
-def train_step(system: System, optimizer: torch.optim.Optimizer, batches: list) -> tuple[float, float]:
-    """One optimizer step; returns loss per target token and the gradient's norm.
+def train_step(system: System, optimizer: torch.optim.Optimizer, batches: list, stop: bool = False) -> tuple[Tensor, Tensor]:
+    """One optimizer step. Returns [loss per target token, the gradient's norm, tokens read]; how many processes said `stop`.
 
     The loss is the sum over target tokens divided by their number in the whole step, over all its
-    batches and processes: a mean of means would give tokens of short batches more weight.
+    batches and processes: a mean of means would give tokens of short batches more weight. What is
+    returned stays on the device: reading a number would mean waiting for it.
     """
-    (count,) = add_up([sum(len(batch.targets) for batch in batches)], system.device)
+    numbers = [sum(len(batch.targets) for batch in batches), sum(batch.read for batch in batches), stop]
+    count, read, stops = totals = torch.tensor(numbers, dtype=torch.float32, device=system.device)
+    add_up(totals)
     loss = torch.zeros((), device=system.device)
     parameters = list(system.trainable().values())
     sharded = isinstance(parameters[0], DTensor)
@@ -227,41 +229,40 @@ def train_step(system: System, optimizer: torch.optim.Optimizer, batches: list) 
         # FSDP takes the mean of the processes' gradients; here, too, it is to be their sum.
         (part * dist.get_world_size() if sharded else part).backward()
         loss += part.detach()
-    if dist.is_initialized():
-        dist.all_reduce(loss)
-        for parameter in parameters if not sharded else []:
-            dist.all_reduce(parameter.grad)
+    add_up(loss, *(parameter.grad for parameter in parameters if not sharded))
     norm = whole(torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM))
-    if not (loss.isfinite() and norm.isfinite()):
-        optimizer.zero_grad()
-        return math.nan, math.nan
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item(), norm.item()
+    return torch.stack((loss, norm, read)), stops
 
 
 # -------------------------------------------------------------------------------- the folder of a run
 
 
-def open_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, or check that what is there may be continued or thrown away."""
-    try:
-        if resume:
-            before = read_args(out)
-            for name, value in vars(args).items():
-                if before.get(name) != value:
-                    raise InputError(f"{out}: --resume with {name} = {value}, but the run has {before.get(name)}")
-        elif out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
-            if not overwrite:
-                unfinished = "an unfinished run or other files (--resume goes on with a run)"
-                state = "a finished run" if (out / "results.json").exists() else unfinished
-                raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
-            if not (out / "args.json").exists():
-                raise InputError(f"{out}: holds something that is not a run, so it is not overwritten")
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise InputError(f"{out}: can't be used as a run folder ({problem.strerror})") from None
+def check_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bool) -> None:
+    """Whether a run may write here, and go on with or throw away what is there. Changes nothing."""
+    if resume:
+        before = read_args(out)
+        for name, value in vars(args).items():
+            if before.get(name) != value:
+                raise InputError(f"{out}: --resume with {name} = {value}, but the run has {before.get(name)}")
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: can't be used as a run folder ({nearest} is {'not writable' if nearest.is_dir() else 'a file'})")
+    if not resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
+        if not overwrite:
+            unfinished = "an unfinished run or other files (--resume goes on with a run)"
+            state = "a finished run" if (out / "results.json").exists() else unfinished
+            raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
+        if not (out / "args.json").exists():
+            raise InputError(f"{out}: holds something that is not a run, so it is not overwritten")
+
+
+def open_folder(out: Path, args: argparse.Namespace, resume: bool) -> None:
+    """Make the run folder; what check_folder let pass is thrown away, or gone on with."""
+    if not resume and out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "args.json", vars(args))
 
 
@@ -296,7 +297,7 @@ def load_state(out: Path, system: System, optimizer: torch.optim.Optimizer) -> i
     step = int(about["step"])
     for name, parameter in parameters.items():
         moments = {moment: like(tensors[f"{moment}.{name}"], parameter) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
     return step
 
 
@@ -317,6 +318,11 @@ def save_checkpoint(folder: Path, c: Config, tensors: dict[str, Tensor]) -> None
     """A Hugging Face folder, in bfloat16."""
     named = {("" if name.startswith("lm_head") else "model.") + name: t.bfloat16() for name, t in tensors.items()}
     save_tensors(folder / "model.safetensors", named, {"format": "pt"})
+    write_config(folder, c)
+
+
+def write_config(folder: Path, c: Config) -> None:
+    """Hugging Face's config.json."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": c.vocab,
         "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
@@ -346,7 +352,7 @@ def train(
     Step n reads the rows with numbers n·S … n·S + S - 1, S = accumulate · batch size; each process
     takes every world-th of them. So the number of processes changes no loss.
     """
-    args, device = system.args, system.device
+    args = system.args
     optimizer = make_optimizer(system)
     first = load_state(out, system, optimizer) if resume else 0
     log_path = out / "log.jsonl"
@@ -357,7 +363,23 @@ def train(
     interrupted = []
     default = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     bar = tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0)
+
+    def tell(step: int, numbers: Tensor, line: dict) -> None:
+        """Log a step."""
+        loss, norm, read = numbers.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rows = f"rows {step * args.accumulate * args.batch_size} to {(step + 1) * args.accumulate * args.batch_size - 1}"
+            raise InputError(f"{out}: loss or gradient of step {step + 1} ({rows} of the run) is not finite; the last good "
+                             f"checkpoint is kept; another run with a smaller --lr may help")  # fmt: skip
+        speed = read / line["seconds"]
+        line = {"step": step + 1, "loss": loss, "norm": norm, "tokens_per_second": round(speed)} | line
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        bar.update()
+
     with bar, open(log_path if rank == 0 else os.devnull, "a") as log:
+        untold = None  # the last step: its numbers are read when the next one is under way on the device
         for step in range(first, args.steps):
             began = time.time()
             share = schedule(step, args.steps)
@@ -365,20 +387,16 @@ def train(
                 group["lr"] = share * group["highest_lr"]
             starts = [(step * args.accumulate + i) * args.batch_size for i in range(args.accumulate)]
             some = [batches(args.seed, range(at + rank, at + args.batch_size, world)) for at in starts]
-            loss, norm = train_step(system, optimizer, some)
-            if math.isnan(loss):
-                raise InputError(f"{out}: loss or gradient of step {step + 1} is not finite; the last good "
-                                 f"checkpoint is kept; another run with a smaller --lr may help")  # fmt: skip
-            read, stop = add_up([sum(batch.read for batch in some), len(interrupted)], device)
-            seconds = time.time() - began
-            line = {"step": step + 1, "loss": loss, "norm": norm, "lr": share * args.lr}
-            line |= {"tokens_per_second": round(read / seconds), "seconds": round(seconds, 4)} | (measure(step + 1) if measure else {})
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            bar.set_postfix_str(f"loss {loss:.3f}, {read / seconds:,.0f} tokens/s", refresh=False)
-            bar.update()
+            numbers, stops = train_step(system, optimizer, some, bool(interrupted))
+            if untold:
+                tell(*untold)
+            stop = stops.item() > 0 if world > 1 else bool(interrupted)  # known when the step began: no long wait
+            line = {"lr": share * args.lr, "seconds": round(time.time() - began, 4)}
+            untold = (step, numbers, line | (measure(step + 1) if measure else {}))
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
+                tell(*untold)  # nothing is saved of a step that went wrong
                 save_state(out, system, optimizer, step + 1, rank)
+                untold = None
             if stop:
                 raise KeyboardInterrupt
     signal.signal(signal.SIGINT, default)
@@ -404,7 +422,8 @@ def start_prefixes(system: System, tasks: list[P3Task], out: Path, resume: bool,
         if min(map(len, rows)) < args.gists:
             raise InputError(f"--gists {args.gists}: the examples have fewer tokens")
         with torch.no_grad():
-            _, past = system.model(torch.tensor(rows, device=device), keys_values_only=True)
+            tokens = torch.tensor(rows, device=device)
+            _, past = system.model(tokens, keep=positions_of(tokens))
             system.hyper.start_from(Gists(past, torch.full((len(rows),), args.gists, device=device)))
     elif args.init == "shared":
         generator = torch.Generator().manual_seed(args.seed)
@@ -436,6 +455,8 @@ def main() -> None:
     rank, world = start_processes()
     if args.batch_size < world:
         raise InputError(f"--batch-size {args.batch_size}: {world} processes need a row each")
+    if rank == 0:
+        check_folder(out, args, resume, overwrite)
     system = build(args)
     measure = None
     if args.task == "hyperpretrain":
@@ -454,9 +475,10 @@ def main() -> None:
         prepared = prepare(system, held_out)
         about = f"{len(tasks)} training tasks, {len(held_out)} held out"
     if rank == 0:
-        open_folder(out, args, resume, overwrite)
+        open_folder(out, args, resume)
         count = sum(p.numel() for p in system.trainable().values())
         print(f"{out}: {about}, {count:,} trained parameters")
+    system.model.checkpoint_activations = args.checkpoint_activations
     if world > 1:
         dist.barrier()
         if args.task == "hyperpretrain":

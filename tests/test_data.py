@@ -287,6 +287,20 @@ def test_a_task_with_too_few_rows_is_found_after_hours(tokenizer, tmp_path):
         tiny_batches(tokenizer, tasks=[P3Task("t", "t", Split(tmp_path, "train"))])
 
 
+@pytest.mark.parametrize("row, message", [
+    ({"inputs_pretokenized": "x"}, "row 18 of train: targets_pretokenized is missing"),
+    ({"inputs_pretokenized": "x", "targets_pretokenized": "y", "answer_choices": "yes"}, "row 18 of train: answer_choices is not a list"),
+    (None, "line 18 is not an object"),
+])  # fmt: skip
+def test_a_bad_training_row_is_found_after_hours(tmp_path, row, message):
+    rows = [{"inputs_pretokenized": f"x{i}", "targets_pretokenized": "y"} for i in range(30)]
+    (tmp_path / "P3" / "task").mkdir(parents=True)
+    lines = [json.dumps(line) for line in (*rows[:17], row, *rows[17:])]
+    (tmp_path / "P3" / "task" / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=message):
+        p3_tasks(tmp_path / "P3", "train")
+
+
 def test_a_target_longer_than_the_budget_stops_or_hangs_the_run(tokenizer, tmp_path):
     long = " ".join(["word"] * 200)
     write_jsonl(tmp_path / "train.jsonl", [(f"q{i}", long if i % 2 else "yes", []) for i in range(40)])

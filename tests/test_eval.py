@@ -15,7 +15,7 @@ import eval as evaluation
 from data import P3Task, Split, p3_tasks, sni_tasks, symbol_tasks
 from eval import Condition, average, mean_pooled, rouge_l, score_options, settings
 from gist import Gists
-from llama import InputError, holes_mask
+from llama import InputError, holes_mask, positions_of
 from train import parse
 
 PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10, 11, 12, 13]]
@@ -60,7 +60,7 @@ def test_batch_size_changes_a_score():
 def test_examples_as_a_prefix_score_differently_from_examples_in_the_row():
     """Few-shot prompting through `past` = the same text in one row."""
     hyper, shots = random_hyper(), [1, 20, 21, 22, 23]
-    _, present = hyper.model(torch.tensor([shots]), keys_values_only=True)
+    _, present = hyper.model(torch.tensor([shots]), keep=positions_of(torch.tensor([shots])))
     through_past = score_options(hyper.model, PROMPTS, OPTIONS, Gists(present, torch.tensor([len(shots)]))[[0, 0, 0]])
     in_row = score_options(hyper.model, [shots + prompt for prompt in PROMPTS], OPTIONS)
     for a, b in zip(through_past, in_row):
@@ -95,12 +95,11 @@ def evaluate(system, tasks):
 
 
 def test_order_of_tasks_or_batch_size_changes_a_result(capsys):
-    """Other tasks' prefixes are the one thing that depends on the order: that control is left out."""
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:3]
-    one = evaluate(tiny_system(controls=False), tasks)
-    other = evaluate(tiny_system(controls=False, eval_batch_size=4), tasks[::-1])
-    assert one["tasks"] == other["tasks"] and one["average"] == pytest.approx(other["average"])
-    assert one["baselines"] == pytest.approx(other["baselines"])
+    one = evaluate(tiny_system(controls=True), tasks)
+    other = evaluate(tiny_system(controls=True, eval_batch_size=4), tasks[::-1])
+    for part in ("tasks", "average", "std", "baselines", "controls"):
+        assert one[part] == other[part], part
 
 
 def test_results_are_not_what_the_contract_says(capsys):
@@ -245,8 +244,8 @@ def test_each_symbol_query_has_another_ones_prefix(capsys):
 # ------------------------------------------------------------------------------------------ the cost
 
 
-@pytest.mark.parametrize("T, P, adapter, only", [(40, 0, None, False), (40, 0, "hyper", True), (7, 16, None, False), (9, 30, "all", False)])
-def test_counted_operations_differ_from_those_of_torch(T, P, adapter, only):
+@pytest.mark.parametrize("T, P, adapter, kept", [(40, 0, None, 0), (40, 0, "hyper", 16), (40, 0, None, 40), (7, 16, None, 0), (9, 30, "all", 0)])
+def test_counted_operations_differ_from_those_of_torch(T, P, adapter, kept):
     hyper = random_hyper("all") if adapter == "all" else random_hyper()
     past = {}
     if P:
@@ -255,10 +254,10 @@ def test_counted_operations_differ_from_those_of_torch(T, P, adapter, only):
         past = {"past": present, "offset": torch.tensor([P]), "mask": holes_mask(torch.ones(1, P, dtype=torch.bool), T)}
     # Only the plain kernel's products are counted on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        select = None if only else torch.tensor([T - 1])
-        hyper.model(torch.ones(1, T, dtype=torch.long), **past, adapter=adapter, select=select, keys_values_only=only)
+        wanted = {"keep": torch.arange(T - kept, T)[None]} if kept else {"select": torch.tensor([T - 1])}
+        hyper.model(torch.ones(1, T, dtype=torch.long), **past, adapter=adapter, **wanted)
     rank = 0 if adapter is None else 4
-    found = evaluation.flops(hyper.model.config, T, P, 0 if only else 1, rank, only)
+    found = evaluation.flops(hyper.model.config, T, P, 0 if kept else 1, rank, kept)
     assert found == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

@@ -6,7 +6,7 @@ from conftest import G, config, random_hyper, random_llama
 
 from data import collate
 from gist import Gists, SoftPrefix, combine, gist_mask, load_gists, save_gists
-from llama import InputError, generate, ragged
+from llama import InputError, generate, positions_of, ragged
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 GIST_IDS = [50 + i for i in range(G)]
@@ -278,7 +278,7 @@ def test_a_folded_reparametrisation_is_not_its_mlp():
 def test_propagation_on_a_zero_table_is_not_plain_slots():
     prefix = soft("propagate")
     prefix.table.data.zero_()
-    _, plain = prefix.model(torch.zeros(2, 5, 32), keys_values_only=True)
+    _, plain = prefix.model(torch.zeros(2, 5, 32), keep=positions_of(torch.zeros(2, 5)))
     for (k, v), (k2, v2) in zip(prefix.past(), plain, strict=True):
         assert torch.equal(k, k2) and torch.equal(v, v2)
 

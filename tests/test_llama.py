@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, config, hf_tensors, random_llama, write_hf
+from conftest import ROOT, config, hf_tensors, random_hyper, random_llama, write_hf
 from safetensors.torch import save_file
 
 from llama import InputError, Llama, Tokenizer, generate, load, ragged, read_config
@@ -74,11 +74,25 @@ def test_selected_positions_differ_from_full_logits():
     torch.testing.assert_close(model(x, select=select)[0], full, **TOLERANCE)
 
 
-def test_skipping_the_last_layer_changes_its_keys_and_values():
-    model, x = random_llama(), tokens(2, 7)
-    logits, skipped = model(x, keys_values_only=True)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("past", [0, 5])
+def test_keys_and_values_at_some_positions_differ_from_those_of_all(layers, past):
+    model, x, keep = random_llama(), tokens(2, 7), torch.tensor([[0, 3, 6], [2, 3, 4]])
+    model.layers = model.layers[:layers]
+    before = {"past": model(tokens(2, past))[1], "offset": torch.tensor([past, 9])} if past else {}
+    logits, kept = model(x, keep=keep, **before)
     assert logits is None
-    torch.testing.assert_close(skipped, model(x)[1], **TOLERANCE)
+    for (key, value), (all_keys, all_values) in zip(kept, model(x, **before)[1], strict=True):
+        for row in range(2):
+            torch.testing.assert_close(key[row], all_keys[row, :, past + keep[row]], **TOLERANCE)
+            torch.testing.assert_close(value[row], all_values[row, :, past + keep[row]], **TOLERANCE)
+
+
+def test_selected_positions_lose_their_gates():
+    model, x, select = random_hyper("all").model, tokens(2, 6), torch.tensor([1, 5, 8])
+    adapter = {"hyper": torch.rand(2, 6, 1)}
+    full = model(x, adapter=adapter)[0].flatten(0, 1)[select]
+    torch.testing.assert_close(model(x, adapter=adapter, select=select)[0], full, **TOLERANCE)
 
 
 # --------------------------------------------------------------------------------------- generation

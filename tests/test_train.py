@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -122,6 +123,16 @@ def test_a_quantized_run_fails(tmp_path):
     assert contents(tmp_path / "run")[2]["args"]["quantize"] is True
 
 
+@pytest.mark.parametrize("task", ["p3", "hyperpretrain"])
+def test_checkpointed_activations_change_a_bit(tmp_path, task):
+    found = []
+    for name, options in (("plain", []), ("checkpointed", ["--checkpoint-activations"])):
+        train(tmp_path / name, "--task", task, "--steps", "2", *options)
+        found.append(load_tensors(tmp_path / name / "state.safetensors")[0])
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
 def test_accumulated_batches_have_another_loss():
     """Two batches in one step = one batch of both: a mean of means would weigh tokens differently."""
     rows = [([1, 5, 6, 50, 51, 52], [1, 7], [8, 9, 2]), ([1, 4, 50, 51, 52], [1, 3, 3], [2])]
@@ -132,7 +143,7 @@ def test_accumulated_batches_have_another_loss():
         hyper = random_hyper()
         system = System(None, None, None, hyper)
         optimizer = torch.optim.SGD(system.trainable().values(), 1.0)
-        losses.append(train_step(system, optimizer, batches)[0])
+        losses.append(train_step(system, optimizer, batches)[0][0].item())
         moved.append([p.detach() for p in system.trainable().values()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=1e-5)
@@ -251,7 +262,7 @@ def test_data_parallel_lora_has_other_losses(tmp_path):
     torchrun(2, "--task", "p3", *SHORT, "--steps", "2", "--out", tmp_path / "two")
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
     one, two = (load_tensors(tmp_path / name / "adapters.safetensors")[0] for name in ("one", "two"))
-    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)  # Adam makes much of a gradient that is almost zero
 
 
 # ------------------------------------------------------------------------------------ killed at any moment
@@ -453,6 +464,45 @@ def test_a_finished_run_is_overwritten_or_resumed_as_another(tmp_path, monkeypat
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert "not a run" in refused("--out", tmp_path / "mine", "--overwrite")
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_run_folder_that_cannot_be_written_is_found_late(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in error(monkeypatch, capsys, "--task", "p3", "--model", "no", "--out", tmp_path / "file" / "run")
+    if os.geteuid():  # nothing is closed to root
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert "not writable" in error(monkeypatch, capsys, "--task", "p3", "--out", tmp_path / "closed" / "run")
+
+
+def test_a_full_disk_destroys_the_last_state_or_is_a_traceback(tmp_path):
+    """A limit on the size of files stands for the disk: the state of step 3 can't be written."""
+    options = [*SHORT, "--steps", "6", "--save-every", "2"]
+    train(tmp_path / "whole", *options)
+    out = tmp_path / "cut"
+    argv, started = command("--task", "p3", *options, "--out", out)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **started)
+    while not (out / "state.safetensors").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = (out / "state.safetensors").read_bytes()
+
+    argv, started = command("--resume", "--out", out)
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2,) * 2)  # noqa: E731
+    done = subprocess.run(argv, capture_output=True, preexec_fn=full, **started)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "state.safetensors: can't be written" in line
+    assert (out / "state.safetensors").read_bytes() == saved
+    assert not list(out.glob("*.partial"))
+    run("--resume", "--out", out)
+    assert_same(tmp_path / "whole", out)
+
+
+def test_the_same_command_twice_has_other_results(tmp_path):
+    for name in ("one", "two"):
+        train(tmp_path / name, "--steps", "2")
+    assert_same(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_loss_that_is_not_a_number_destroys_the_last_state(tmp_path):

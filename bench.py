@@ -1,0 +1,535 @@
+"""How fast and how small. Each row is a ratio, measured side by side in one run.
+
+    python bench.py                  the table, some minutes
+    python bench.py step generate    only some rows of it
+    python bench.py growth           how cost grows, drawn as figures/growth.png
+    python bench.py load             a checkpoint of Llama-2-7B's shape becomes NF4 (makes 13 GB in --scratch)
+    python bench.py data             training starts on 300 prompts of 30,000 rows (makes 3 GB there)
+
+On a CPU the model is of middle size (width 1024, 8 layers); where there is a GPU it has the shape of
+Llama-2-7B, in NF4. All ways of a row do the same work on the same random weights, and that is
+checked before anything is timed; then they alternate, and the medians are compared. The peers are
+`transformers` and `peft` (pip install transformers peft); without them their rows are left out.
+"""
+
+import ctypes
+import gc
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import collate
+from eval import LLAMA_2_7B, Parser, flops, positive, print_lines, run_command, score_options, write_json
+from gist import Gists, HyperLlama, gist_mask
+from llama import Config, InputError, Linear, Llama, generate, load, positions_of
+from lora import NF4Linear, add_lora, save_tensors
+from train import write_config
+
+MIDDLE = Config(32000, 1024, 8, 16, 16, 64, 2752, 1e-5, 10000.0, 4096)
+G, RANK, ALPHA = 16, 8, 16
+NEEDS_PEERS = "needs pip install transformers peft"
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+
+# --------------------------------------------------------------------------- the same work, three ways
+
+
+def random_checkpoint(folder: Path, c: Config) -> Path:
+    """A Hugging Face folder of random weights in bfloat16, a shard for every four layers."""
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(c).named_parameters()}
+    shards: dict[str, dict] = {}
+    for name, shape in shapes.items():
+        number = 1 + int(name.split(".")[1]) // 4 if name.startswith("layers") else 0
+        shards.setdefault(f"model-{number:05}.safetensors", {})[name] = shape
+    generator = torch.Generator().manual_seed(0)
+    for file, named in tqdm(shards.items(), desc=f"making {folder}"):
+        tensors = {
+            name: torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.02, generator=generator)
+            for name, shape in named.items()
+        }
+        prefix = {name: ("" if name.startswith("lm_head") else "model.") + name for name in named}
+        save_tensors(folder / file, {prefix[name]: t.bfloat16() for name, t in tensors.items()}, {"format": "pt"})
+    index = {("" if n.startswith("lm_head") else "model.") + n: file for file, named in shards.items() for n in named}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    write_config(folder, c)
+    return folder
+
+
+@cache
+def shape_and_folder(scratch: Path) -> tuple[Config, Path]:
+    return (LLAMA_2_7B, random_checkpoint(scratch / "7b", LLAMA_2_7B)) if CUDA else (MIDDLE, random_checkpoint(scratch / "middle", MIDDLE))
+
+
+@cache
+def our_model(scratch: Path) -> HyperLlama:
+    _, folder = shape_and_folder(scratch)
+    model = load(folder, DEVICE, DTYPE, NF4Linear if CUDA else Linear)
+    add_lora(model, "hyper", RANK, ALPHA, torch.Generator().manual_seed(0), keys_values_only=True)
+    return HyperLlama(model, model.embed_tokens.weight[:G])
+
+
+@cache
+def their_model(scratch: Path):
+    """The peers' model with its adapter; ImportError without them."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    _, folder = shape_and_folder(scratch)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options = {"dtype": DTYPE, "attn_implementation": "sdpa"}
+    if CUDA:
+        quantization = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": DTYPE}
+        options |= {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True, **quantization), "device_map": DEVICE}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=linears))
+
+
+def a_batch(vocab: int, context: int = 1024, gists: int = G, queries: int = 4, length: int = 96):
+    """One row of examples and gists, and queries behind it whose last five tokens are to be predicted."""
+    rng = random.Random(0)
+
+    def words(count: int) -> list[int]:
+        return [1, *rng.choices(range(3, vocab), k=count - 1)]
+
+    examples = words(context - gists) + list(range(vocab, vocab + gists))
+    lengths = [length - 8 + 16 * n // max(1, queries - 1) for n in range(queries)]  # about `length`
+    prompts = [words(n - 5) for n in lengths]
+    return collate([examples], [0] * queries, prompts, [words(6)[1:] for _ in prompts]).to(DEVICE)
+
+
+def our_step(scratch: Path, batch) -> float:
+    hyper = our_model(scratch)
+    loss = F.cross_entropy(hyper(batch).float(), batch.targets)
+    loss.backward()
+    return loss.item()
+
+
+@cache
+def their_gists(scratch: Path) -> torch.nn.Parameter:
+    return torch.nn.Parameter(our_model(scratch).gists.detach().clone())
+
+
+def their_embeddings(scratch: Path, tokens: torch.Tensor) -> torch.Tensor:
+    words = their_model(scratch).get_input_embeddings()(tokens[:, :-G])
+    return torch.cat((words, their_gists(scratch).to(words.dtype).expand(len(tokens), -1, -1)), dim=1)
+
+
+def their_prefix(scratch: Path, tokens: torch.Tensor, rows: int):
+    """First pass, and the keys and values at the gists as a cache for so many rows."""
+    from transformers import DynamicCache
+
+    lm = their_model(scratch).base_model.model
+    read = lm.model(inputs_embeds=their_embeddings(scratch, tokens), use_cache=True).past_key_values
+    cache = DynamicCache()
+    for i, layer in enumerate(read.layers):
+        cache.update(*(x[:, :, -G:].expand(rows, -1, -1, -1) for x in (layer.keys, layer.values)), i)
+    return cache
+
+
+def their_best_step(scratch: Path, batch) -> float:
+    """Two passes with past_key_values, one hyper pass for all queries, logits at the targets alone."""
+    peft = their_model(scratch)
+    lm = peft.base_model.model
+    cache = their_prefix(scratch, batch.examples, len(batch.tokens))
+    positions = batch.examples.shape[1] + positions_of(batch.tokens)
+    with peft.disable_adapter():
+        hidden = lm.model(input_ids=batch.tokens, past_key_values=cache, position_ids=positions, use_cache=True).last_hidden_state
+    loss = F.cross_entropy(lm.lm_head(hidden.flatten(0, 1)[batch.select]).float(), batch.targets)
+    loss.backward()
+    return loss.item()
+
+
+def their_usual_step(scratch: Path, batch) -> float:
+    """The joint pass under a 4-D mask: a row per query, the adapter on throughout, logits everywhere."""
+    T, N = batch.examples.shape[1], len(batch.tokens)
+    examples = batch.examples.expand(N, -1)
+    lm = their_model(scratch).base_model.model
+    words = torch.cat((their_embeddings(scratch, examples), lm.get_input_embeddings()(batch.tokens)), dim=1)
+    is_gist = torch.cat((examples, batch.tokens), dim=1) >= lm.config.vocab_size
+    see = gist_mask(is_gist)[:, None]
+    mask = torch.zeros(see.shape, dtype=words.dtype, device=words.device).masked_fill(~see, torch.finfo(words.dtype).min)
+    logits = lm(inputs_embeds=words, attention_mask=mask, use_cache=False).logits
+    loss = F.cross_entropy(logits[:, T:].flatten(0, 1)[batch.select].float(), batch.targets)
+    loss.backward()
+    return loss.item()
+
+
+# -------------------------------------------------------------------------------------------- measuring
+
+
+def seconds(function: Callable[[], object]) -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def side_by_side(repeats: int, **ways: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each way: warmed up once, then taking turns."""
+    for function in ways.values():
+        function()
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, function in ways.items():
+            found[name].append(seconds(function))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def status(key: str) -> float:
+    """A line of /proc/self/status, in MB: VmRSS (resident now) or VmHWM (at most, since it was reset)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1e3
+
+
+def peak(function: Callable[[], object]) -> float:
+    """Memory in MB that a call needs at most, beyond what was there before it."""
+    function()  # what stays, gradients for instance, is there before
+    gc.collect()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    function()
+    return status("VmHWM") - before
+
+
+def alone(function: Callable, *given):
+    """function(*given) in a process of its own: what others left behind in memory isn't counted."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, given)
+
+
+def peers(scratch: Path) -> bool:
+    try:
+        their_model(scratch)
+        return True
+    except ImportError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------- the rows
+
+Line = list[str]  # what, ours, the other, how often as good
+
+
+def against(what: str, ours: float, other: float, unit: str, digits: int = 2) -> Line:
+    return [what, f"{ours:,.{digits}f} {unit}", f"{other:,.{digits}f} {unit}", f"{other / ours:.2f} ×"]
+
+
+def step(scratch: Path, repeats: int) -> list[Line]:
+    """1. A training step: 1024 tokens of examples and gists, four queries behind them."""
+    batch = a_batch(shape_and_folder(scratch)[0].vocab)
+    our_model(scratch).gists.requires_grad_(True)
+    ways = {"ours": partial(our_step, scratch, batch)}
+    if not peers(scratch):
+        return [["training step", f"{side_by_side(repeats, **ways)['ours']:.2f} s", NEEDS_PEERS, ""]]
+    ways |= {"best": partial(their_best_step, scratch, batch), "usual": partial(their_usual_step, scratch, batch)}
+    losses = [function() for function in ways.values()]
+    if max(losses) - min(losses) > 1e-3 * losses[0] * (30 if CUDA else 1):
+        raise InputError(f"bench.py: the ways don't do the same work: losses {losses}")
+    usual = ways.pop("usual")
+    best = side_by_side(repeats, **ways)
+    usual = side_by_side(max(1, repeats // 3), ours=ways["ours"], usual=usual)
+    return [
+        against("training step / transformers + peft, two passes", best["ours"], best["best"], "s"),
+        against("training step / transformers + peft, joint pass", usual["ours"], usual["usual"], "s"),
+    ]
+
+
+def memory_of(scratch: Path, way: str) -> float:
+    batch = a_batch(shape_and_folder(scratch)[0].vocab)
+    our_model(scratch).gists.requires_grad_(True)
+    our_model(scratch).model.checkpoint_activations = way == "checkpointed"
+    ways = {"ours": our_step, "checkpointed": our_step, "best": their_best_step, "usual": their_usual_step}
+    return peak(partial(ways[way], scratch, batch))
+
+
+def memory(scratch: Path, repeats: int) -> list[Line]:
+    """2. What the same step needs at most, beyond the loaded weights."""
+    ours, checkpointed = (statistics.median(alone(memory_of, scratch, way) for _ in range(3)) for way in ("ours", "checkpointed"))
+    own = against("peak memory of it, --checkpoint-activations / without", checkpointed, ours, "MB", 0)
+    if not peers(scratch):
+        return [["peak memory of it", f"{ours:,.0f} MB", NEEDS_PEERS, ""], own]
+    best, usual = (statistics.median(alone(memory_of, scratch, way) for _ in range(3)) for way in ("best", "usual"))
+    return [
+        against("peak memory of it / two passes", ours, best, "MB", 0),
+        against("peak memory of it / joint pass", ours, usual, "MB", 0),
+        own,
+    ]
+
+
+@torch.no_grad()
+def rank(scratch: Path, repeats: int) -> list[Line]:
+    """3. Ranking four options of four queries that share 16 shots (a thousand tokens), by one Llama of ours."""
+    hyper, vocab = our_model(scratch), shape_and_folder(scratch)[0].vocab
+    model, rng, n = hyper.model, random.Random(1), 4
+    batch = a_batch(vocab, queries=n)
+    shots = batch.examples[0, :-G].tolist()
+    prompts = [rng.choices(range(3, vocab), k=91) for _ in range(n)]
+    options = [[rng.choices(range(3, vocab), k=5) for _ in range(4)] for _ in range(n)]
+
+    def gists():
+        return score_options(model, prompts, options, hyper.compress(batch.examples)[torch.zeros(n, dtype=torch.long, device=DEVICE)])
+
+    def kept():
+        tokens = torch.tensor([shots], device=DEVICE)
+        _, past = model(tokens, keep=positions_of(tokens))
+        past = Gists(past, torch.tensor([len(shots)], device=DEVICE))
+        return score_options(model, prompts, options, past[torch.zeros(n, dtype=torch.long, device=DEVICE)])
+
+    def rows():
+        return [[score_options(model, [shots + prompt], [[option]])[0][0] for option in some] for prompt, some in zip(prompts, options)]
+
+    torch.testing.assert_close(torch.tensor(kept()), torch.tensor(rows()), atol=2e-2 * (10 if CUDA else 1), rtol=1e-3)
+    found = side_by_side(max(1, repeats // 2), gists=gists, kept=kept, rows=rows)
+    each = {way: time / n for way, time in found.items()}
+    read = {"gists": len(shots) + G + n * 111, "kept": len(shots) + n * 111, "rows": 4 * n * (len(shots) + 96)}
+    speed = {way: f", {read[way] / found[way]:,.0f} tokens/s" for way in read}
+    lines = [
+        against("ranking 4 options, a query / one full row per option", each["gists"], each["rows"], "s"),
+        against("ranking 4 options, a query / examples in context, read once", each["gists"], each["kept"], "s"),
+    ]
+    for line, way in zip(lines, ("rows", "kept")):
+        line[1], line[2] = line[1] + speed["gists"], line[2] + speed[way]
+    return lines
+
+
+@torch.no_grad()
+def generation(scratch: Path, repeats: int) -> list[Line]:
+    """4. 128 tokens for a batch of eight behind gists."""
+    hyper, vocab = our_model(scratch), shape_and_folder(scratch)[0].vocab
+    batch, rng, n = a_batch(vocab), random.Random(2), 8
+    gists = hyper.compress(batch.examples)[torch.zeros(n, dtype=torch.long, device=DEVICE)]
+    prompts = [rng.choices(range(3, vocab), k=48) for _ in range(n)]
+    at_gists = torch.full((n,), G, device=DEVICE)  # transformers.generate counts on from the cache's length
+
+    def ours():
+        return generate(hyper.model, prompts, 128, -1, past=gists.past, offset=at_gists)
+
+    if not peers(scratch):
+        return [["generating 8 × 128 tokens", f"{side_by_side(repeats, ours=ours)['ours']:.2f} s", NEEDS_PEERS, ""]]
+    from transformers import DynamicCache
+
+    peft = their_model(scratch).eval()
+
+    def theirs():
+        cache = DynamicCache()
+        for i, (k, v) in enumerate(gists.past):
+            cache.update(k, v, i)
+        ids = torch.tensor([[0] * G + prompt for prompt in prompts], device=DEVICE)  # zeros stand for what the cache holds
+        with peft.disable_adapter():
+            options = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
+            out = peft.base_model.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+        return out[:, ids.shape[1] :].tolist()
+
+    agree = statistics.fmean(a == b for ours_row, their_row in zip(ours(), theirs()) for a, b in zip(ours_row, their_row))
+    if agree < 0.9 and not CUDA:  # rounding may send a row another way; in bf16, many
+        raise InputError(f"bench.py: only {agree:.0%} of the generated tokens are the same")
+    found = side_by_side(repeats, ours=ours, theirs=theirs)
+    peft.train()
+    return [against("generating 8 × 128 tokens / transformers.generate", found["ours"], found["theirs"], "s")]
+
+
+def limit(scratch: Path, repeats: int) -> list[Line]:
+    """5. The rate of the hyper pass, forward and backward, beside that of a plain matrix product."""
+    hyper, c = our_model(scratch), shape_and_folder(scratch)[0]
+    hyper.gists.requires_grad_(True)
+    batch = a_batch(c.vocab)
+    T = batch.examples.shape[1]
+
+    def hyper_pass():
+        sum(k.sum() + v.sum() for k, v in hyper.compress(batch.examples).past).backward()
+
+    x, weight = (torch.randn(n, c.width, device=DEVICE, dtype=DTYPE) for n in (T, c.hidden))
+
+    def product():
+        for _ in range(20):
+            F.linear(x, weight)
+
+    found = side_by_side(repeats, hyper_pass=hyper_pass, product=product)
+    # The base's products once forward, once for the gradient of their input; LoRA's also for that of
+    # its weights. Half of the attention is hidden by the causal mask, and left out here.
+    base, all_ = flops(c, T, kept=G), flops(c, T, kept=G, rank=RANK)
+    hidden = (c.layers - 1) * 2 * T * T * c.heads * c.head_size
+    achieved = (2 * (base - hidden) + 3 * (all_ - base)) / found["hyper_pass"] / 1e9
+    plain = 20 * 2 * T * c.width * c.hidden / found["product"] / 1e9
+    return [["hyper pass, forward and backward / a matrix product", f"{achieved:,.0f} GFLOP/s", f"{plain:,.0f} GFLOP/s", f"{achieved / plain:.0%}"]]
+
+
+TABLE = {"step": step, "memory": memory, "rank": rank, "generate": generation, "limit": limit}
+
+
+# --------------------------------------------------------------------------------------------- the picture
+
+
+def growth_of(scratch: Path, context: int, gists: int, queries: int) -> tuple[float, float]:
+    """Seconds and MB of a training step."""
+    c, _ = shape_and_folder(scratch)
+    hyper = our_model(scratch)
+    hyper.gists = torch.nn.Parameter(hyper.model.embed_tokens.weight[:gists].float().clone())
+    call = partial(our_step, scratch, a_batch(c.vocab, context, gists, queries))
+    return side_by_side(3, call=call)["call"], peak(call)
+
+
+def growth(scratch: Path) -> None:
+    """6. Time and memory of a training step, by length of the examples, gists, and queries per prefix."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes_of = {"tokens of examples and gists": [256, 512, 1024, 1536, 2048], "gists": [4, 16, 32, 64], "queries per prefix": [1, 2, 4, 8, 16]}
+    figure, all_axes = pyplot.subplots(2, 3, figsize=(9, 4.6), layout="constrained", sharey="row")
+    lines = [["training step", "", "s", "MB", "s a query"]]
+    for n, (name, values) in enumerate(axes_of.items()):
+        given = [[1024, G, 4] for _ in values]
+        for row, value in zip(given, values):
+            row[n] = value
+        found = [alone(growth_of, scratch, *row) for row in given]
+        for axes, numbers in zip(all_axes[:, n], zip(*found)):
+            axes.plot(values, numbers, marker="o", linewidth=1.8)
+            axes.set(ylim=(0, None), xticks=values)
+            axes.grid(alpha=0.3)
+        all_axes[1, n].set_xlabel(name)
+        lines += [[name, str(v), f"{s:.2f}", f"{m:,.0f}", f"{s / row[2]:.2f}"] for v, (s, m), row in zip(values, found, given)]
+    all_axes[0, 0].set_ylabel("seconds a step")
+    all_axes[1, 0].set_ylabel("MB beyond the weights")
+    path = Path(__file__).parent / "figures" / "growth.png"
+    figure.savefig(path, dpi=110)
+    print_lines([*lines, ["written", str(path), "", "", ""]])
+
+
+# -------------------------------------------------------------------------------------- real sizes
+
+
+def bare(folder: Path) -> float:
+    """Seconds to read every tensor and quantize the matrices, keeping nothing else in order."""
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors import safe_open
+
+    kept, began = [], time.perf_counter()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                tensor = file.get_tensor(key)
+                kept.append(quantize_4bit(tensor, quant_type="nf4", compress_statistics=True) if "proj" in key else tensor.clone())
+    return time.perf_counter() - began
+
+
+def ours_loaded(folder: Path) -> tuple[float, float, float, float]:
+    """Seconds to load as NF4; the model's size and the process's peak in MB; seconds of a small training step."""
+    import bitsandbytes  # noqa: F401  its own memory is not the model's
+
+    before, began = status("VmRSS"), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")
+    model = load(folder, "cpu", torch.bfloat16, NF4Linear)
+    took, most = time.perf_counter() - began, status("VmHWM") - before
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    for module in model.modules():
+        if isinstance(module, NF4Linear):  # the scales: a byte per block of 64, and a float for 256 of these
+            size += (module.state.absmax.numel() + 4 * module.state.state2.absmax.numel()) / 1e6
+    add_lora(model, "hyper", RANK, ALPHA, torch.Generator().manual_seed(0), keys_values_only=True)
+    hyper = HyperLlama(model, model.embed_tokens.weight[:G])
+    batch = a_batch(model.config.vocab, context=128, queries=1, length=32)
+    began = time.perf_counter()
+    F.cross_entropy(hyper(batch).float(), batch.targets).backward()
+    return took, size, most, time.perf_counter() - began
+
+
+def load_7b(scratch: Path) -> None:
+    folder = random_checkpoint(scratch / "7b", LLAMA_2_7B)
+    for path in folder.glob("model*.safetensors"):  # both read from the page cache, as far as it reaches
+        path.read_bytes()
+    plain, (took, size, most, trained) = alone(bare, folder), alone(ours_loaded, folder)
+    lines = [["Llama-2-7B's shape in NF4", "", ""]]
+    lines.append(["loading", f"{took:.0f} s", f"{took / plain:.2f} × reading and quantizing bare ({plain:.0f} s)"])
+    lines.append(["peak memory", f"{most / 1e3:.2f} GB", f"{most / size:.2f} × the model ({size / 1e3:.2f} GB)"])
+    lines.append(["a training step, 128 + 32 tokens", f"{trained:.0f} s", ""])
+    print_lines(lines)
+
+
+def make_p3(folder: Path, tasks: int = 300, rows: int = 30_000) -> Path:
+    """Random text as P3: jsonl, with the miniature's held-out tasks behind it."""
+    if (folder / "splits").exists():
+        return folder
+    rng, words = random.Random(0), [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "en", "ir", "ost", "ule")]
+    for t in tqdm(range(tasks), desc=f"making {folder}"):
+        path = folder / f"task_{t:03}"
+        path.mkdir(parents=True, exist_ok=True)
+        text = rng.choices(words, k=60 + rows)
+        with open(path / "train.jsonl", "w") as file:
+            for i in range(rows):
+                fields = {"inputs_pretokenized": " ".join(text[i : i + 60]), "targets_pretokenized": text[i], "answer_choices": ["yes", "no"]}
+                file.write(json.dumps(fields) + "\n")
+    tiny = Path(__file__).resolve().parent / "tiny" / "P3"
+    held_out = (tiny / "splits" / "test_tasks.txt").read_text().split()[:1]
+    (folder / held_out[0]).symlink_to(tiny / held_out[0])
+    (folder / "splits").mkdir()
+    (folder / "splits" / "train_tasks.txt").write_text("\n".join(f"task_{t:03}" for t in range(tasks)))
+    (folder / "splits" / "test_tasks.txt").write_text("\n".join(held_out))
+    return folder
+
+
+def data(scratch: Path) -> None:
+    folder, out = make_p3(scratch / "P3"), scratch / "run"
+    size = sum(path.stat().st_size for path in folder.glob("task_*/*")) / 1e9
+    options = ["--task", "p3", "--data", folder, "--steps", "1", "--limit", "4", "--sets", "1", "--no-controls", "--out", out, "--overwrite"]
+    began = time.time()
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("train.py")), *map(str, options)])
+    log = out / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_mtime > began):
+        time.sleep(0.05)
+    took = time.time() - began
+    if process.wait():
+        raise InputError("bench.py: the training run failed")
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    print(f"P3 of 300 prompts × 30,000 rows, {size:.1f} GB: the first step was done after {took:.1f} s, {most:.2f} GB resident at most")
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    rows = [*TABLE, "growth", "load", "data"]
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(rows)} (default: {', '.join(TABLE)})")
+    parser.add_argument("--repeats", type=positive, default=7, help="timings of each way, of which the median counts")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/bench"), metavar="DIR", help="where weights and data are made")
+    args = parser.parse_args()
+    for row in args.rows:
+        if row not in rows:
+            parser.error(f"there is no row {row!r}; there are {', '.join(rows)}")
+    lines = [[f"{DEVICE}, {str(DTYPE).removeprefix('torch.')}{', NF4' * CUDA}, {torch.get_num_threads()} threads", "ours", "the other", "ratio"]]
+    for name in [row for row in args.rows or TABLE if row in TABLE]:
+        lines += TABLE[name](args.scratch, args.repeats)
+    if len(lines) > 1:
+        print_lines(lines)
+    for name, function in {"growth": growth, "load": load_7b, "data": data}.items():
+        if name in args.rows:
+            function(args.scratch)
+
+
+if __name__ == "__main__":
+    run_command(main)
