@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
@@ -77,9 +78,9 @@ def shape_and_folder(scratch: Path) -> tuple[Config, Path]:
 
 
 @cache
-def our_model(scratch: Path) -> HyperLlama:
+def our_model(scratch: Path, dtype: torch.dtype) -> HyperLlama:
     _, folder = shape_and_folder(scratch)
-    model = load(folder, DEVICE, DTYPE, NF4Linear if CUDA else Linear)
+    model = load(folder, DEVICE, dtype, NF4Linear if CUDA else Linear)
     add_lora(model, "hyper", RANK, ALPHA, torch.Generator().manual_seed(0), keys_values_only=True)
     return HyperLlama(model, model.embed_tokens.weight[:G])
 
@@ -115,8 +116,8 @@ def a_batch(vocab: int, context: int = 1024, gists: int = G, queries: int = 4, l
     return collate([examples], [0] * queries, prompts, [words(6)[1:] for _ in prompts]).to(DEVICE)
 
 
-def our_step(scratch: Path, batch) -> float:
-    hyper = our_model(scratch)
+def our_step(scratch: Path, batch, dtype: torch.dtype = DTYPE) -> float:
+    hyper = our_model(scratch, dtype)
     loss = F.cross_entropy(hyper(batch).float(), batch.targets)
     loss.backward()
     return loss.item()
@@ -124,7 +125,7 @@ def our_step(scratch: Path, batch) -> float:
 
 @cache
 def their_gists(scratch: Path) -> torch.nn.Parameter:
-    return torch.nn.Parameter(our_model(scratch).gists.detach().clone())
+    return torch.nn.Parameter(our_model(scratch, DTYPE).gists.detach().clone())
 
 
 def their_embeddings(scratch: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -220,8 +221,8 @@ def peak(function: Callable[[], object]) -> float:
 
 def alone(function: Callable, *given):
     """function(*given) in a process of its own: what others left behind in memory isn't counted."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, given)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *given).result()
 
 
 def peers(scratch: Path) -> bool:
@@ -244,7 +245,7 @@ def against(what: str, ours: float, other: float, unit: str, digits: int = 2) ->
 def step(scratch: Path, repeats: int) -> list[Line]:
     """1. A training step: 1024 tokens of examples and gists, four queries behind them."""
     batch = a_batch(shape_and_folder(scratch)[0].vocab)
-    our_model(scratch).gists.requires_grad_(True)
+    our_model(scratch, DTYPE).gists.requires_grad_(True)
     ways = {"ours": partial(our_step, scratch, batch)}
     if not peers(scratch):
         return [["training step", f"{side_by_side(repeats, **ways)['ours']:.2f} s", NEEDS_PEERS, ""]]
@@ -263,8 +264,8 @@ def step(scratch: Path, repeats: int) -> list[Line]:
 
 def memory_of(scratch: Path, way: str) -> float:
     batch = a_batch(shape_and_folder(scratch)[0].vocab)
-    our_model(scratch).gists.requires_grad_(True)
-    our_model(scratch).model.checkpoint_activations = way == "checkpointed"
+    our_model(scratch, DTYPE).gists.requires_grad_(True)
+    our_model(scratch, DTYPE).model.checkpoint_activations = way == "checkpointed"
     ways = {"ours": our_step, "checkpointed": our_step, "best": their_best_step, "usual": their_usual_step}
     return peak(partial(ways[way], scratch, batch))
 
@@ -286,7 +287,7 @@ def memory(scratch: Path, repeats: int) -> list[Line]:
 @torch.no_grad()
 def rank(scratch: Path, repeats: int) -> list[Line]:
     """3. Ranking four options of four queries that share 16 shots (a thousand tokens), by one Llama of ours."""
-    hyper, vocab = our_model(scratch), shape_and_folder(scratch)[0].vocab
+    hyper, vocab = our_model(scratch, DTYPE), shape_and_folder(scratch)[0].vocab
     model, rng, n = hyper.model, random.Random(1), 4
     batch = a_batch(vocab, queries=n)
     shots = batch.examples[0, :-G].tolist()
@@ -322,7 +323,7 @@ def rank(scratch: Path, repeats: int) -> list[Line]:
 @torch.no_grad()
 def generation(scratch: Path, repeats: int) -> list[Line]:
     """4. 128 tokens for a batch of eight behind gists."""
-    hyper, vocab = our_model(scratch), shape_and_folder(scratch)[0].vocab
+    hyper, vocab = our_model(scratch, DTYPE), shape_and_folder(scratch)[0].vocab
     batch, rng, n = a_batch(vocab), random.Random(2), 8
     gists = hyper.compress(batch.examples)[torch.zeros(n, dtype=torch.long, device=DEVICE)]
     prompts = [rng.choices(range(3, vocab), k=48) for _ in range(n)]
@@ -357,7 +358,7 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
 
 def limit(scratch: Path, repeats: int) -> list[Line]:
     """5. The rate of the hyper pass, forward and backward, beside that of a plain matrix product."""
-    hyper, c = our_model(scratch), shape_and_folder(scratch)[0]
+    hyper, c = our_model(scratch, DTYPE), shape_and_folder(scratch)[0]
     hyper.gists.requires_grad_(True)
     batch = a_batch(c.vocab)
     T = batch.examples.shape[1]
@@ -381,7 +382,15 @@ def limit(scratch: Path, repeats: int) -> list[Line]:
     return [["hyper pass, forward and backward / a matrix product", f"{achieved:,.0f} GFLOP/s", f"{plain:,.0f} GFLOP/s", f"{achieved / plain:.0%}"]]
 
 
-TABLE = {"step": step, "memory": memory, "rank": rank, "generate": generation, "limit": limit}
+def bfloat16(scratch: Path, repeats: int) -> list[Line]:
+    """The training step in bfloat16, on a CPU (train.py --dtype bfloat16)."""
+    batch = a_batch(shape_and_folder(scratch)[0].vocab)
+    ways = {str(dtype): partial(our_step, scratch, batch, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    half, full = side_by_side(repeats, **ways).values()
+    return [against("training step in bfloat16 / in float32", half, full, "s")]
+
+
+TABLE = {"step": step, "memory": memory, "rank": rank, "generate": generation, "limit": limit} | ({} if CUDA else {"bfloat16": bfloat16})
 
 
 # --------------------------------------------------------------------------------------------- the picture
@@ -390,10 +399,10 @@ TABLE = {"step": step, "memory": memory, "rank": rank, "generate": generation, "
 def growth_of(scratch: Path, context: int, gists: int, queries: int) -> tuple[float, float]:
     """Seconds and MB of a training step."""
     c, _ = shape_and_folder(scratch)
-    hyper = our_model(scratch)
+    hyper = our_model(scratch, DTYPE)
     hyper.gists = torch.nn.Parameter(hyper.model.embed_tokens.weight[:gists].float().clone())
     call = partial(our_step, scratch, a_batch(c.vocab, context, gists, queries))
-    return side_by_side(3, call=call)["call"], peak(call)
+    return side_by_side(2, call=call)["call"], peak(call)
 
 
 def growth(scratch: Path) -> None:
@@ -403,7 +412,7 @@ def growth(scratch: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    axes_of = {"tokens of examples and gists": [256, 512, 1024, 1536, 2048], "gists": [4, 16, 32, 64], "queries per prefix": [1, 2, 4, 8, 16]}
+    axes_of = {"tokens of examples and gists": [256, 512, 1024, 2048], "gists": [4, 16, 64], "queries per prefix": [1, 4, 16]}
     figure, all_axes = pyplot.subplots(2, 3, figsize=(9, 4.6), layout="constrained", sharey="row")
     lines = [["training step", "", "s", "MB", "s a query"]]
     for n, (name, values) in enumerate(axes_of.items()):
@@ -421,7 +430,8 @@ def growth(scratch: Path) -> None:
     all_axes[1, 0].set_ylabel("MB beyond the weights")
     path = Path(__file__).parent / "figures" / "growth.png"
     figure.savefig(path, dpi=110)
-    print_lines([*lines, ["written", str(path), "", "", ""]])
+    print_lines(lines, total=False)
+    print(f"written: {path}")
 
 
 # -------------------------------------------------------------------------------------- real sizes
@@ -470,7 +480,7 @@ def load_7b(scratch: Path) -> None:
     lines.append(["loading", f"{took:.0f} s", f"{took / plain:.2f} × reading and quantizing bare ({plain:.0f} s)"])
     lines.append(["peak memory", f"{most / 1e3:.2f} GB", f"{most / size:.2f} × the model ({size / 1e3:.2f} GB)"])
     lines.append(["a training step, 128 + 32 tokens", f"{trained:.0f} s", ""])
-    print_lines(lines)
+    print_lines(lines, total=False)
 
 
 def make_p3(folder: Path, tasks: int = 300, rows: int = 30_000) -> Path:
@@ -525,7 +535,7 @@ def main() -> None:
     for name in [row for row in args.rows or TABLE if row in TABLE]:
         lines += TABLE[name](args.scratch, args.repeats)
     if len(lines) > 1:
-        print_lines(lines)
+        print_lines(lines, total=False)
     for name, function in {"growth": growth, "load": load_7b, "data": data}.items():
         if name in args.rows:
             function(args.scratch)

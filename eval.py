@@ -156,9 +156,9 @@ def first_gists(args: argparse.Namespace, model: Llama, generator: torch.Generat
     own = Path(args.model) / "gists.safetensors"
     if not count or not own.exists():
         return words
-    gists = load_tensors(own)[0].get("gists", words[:0])
-    if len(gists) != count:
-        print(f"{own}: holds {len(gists)} gists, not {count}: these start as words", file=sys.stderr)
+    gists = load_tensors(own)[0].get("gists", words[:0])[:count]
+    if len(gists) < count:
+        print(f"{own}: holds {len(gists)} gists, fewer than {count}: these start as words", file=sys.stderr)
         return words
     if gists.shape != words.shape:
         raise InputError(f"{own}: gists of shape {list(gists.shape)} don't fit the model")
@@ -536,11 +536,11 @@ def print_table(tasks: Sequence, scores: dict[str, list[list[float]]], sizes: li
     print_lines(lines)
 
 
-def print_lines(lines: list[list[str]]) -> None:
-    """A table: a rule under the first line, and above the last."""
+def print_lines(lines: list[list[str]], total: bool = True) -> None:
+    """A table: a rule under the first line, and above the last if that is a total."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     for i, line in enumerate(lines):
-        if i in (1, len(lines) - 1):
+        if i == 1 or total and i == len(lines) - 1:
             print("-" * (sum(widths) + 2 * len(widths) - 2))
         print(line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])), sep="  ")
 
@@ -709,38 +709,56 @@ def print_cost(system: System, tasks: Sequence) -> None:
 # ---------------------------------------------------------------------------------------- the picture
 
 
-def plot(runs: list[Path], path: Path) -> None:
-    """Curves of several runs in one picture: held-out accuracy where it was measured, else the loss.
+def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
+    """Curves of several runs in one picture: over steps the held-out score where it was measured, else the loss;
+    or, `by` an option of theirs (gists, shots), their results.
 
     Runs that differ only in their seed make one curve: the mean, and a band of one standard deviation.
+    Baselines and controls are dashed.
     """
     import matplotlib  # slow to import, and only needed here
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves: dict[str, list[dict[int, float]]] = {}
-    measured = []
+    points: dict[tuple[str, str], dict[float, list[float]]] = {}  # (run's name, column) -> x -> values
+    kinds = set()
     for run in runs:
         args = read_args(run)
+        name = args.get("init") or f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
         try:
-            lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as problem:
-            raise InputError(f"{run / 'log.jsonl'}: can't be read ({problem})") from None
-        measured.append(any("accuracy" in line for line in lines))
-        label = args.get("init") or f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
-        key = "accuracy" if measured[-1] else "loss"
-        curves.setdefault(label, []).append({line["step"]: line[key] for line in lines if key in line})
-    if len(set(measured)) != 1:
-        raise InputError("--plot: some of these runs measured accuracy and others only a loss")
+            if by:
+                results = json.loads((run / "results.json").read_text())
+                kinds.add(METRICS[args["task"]])
+                rows = [(args[by], {"main": results["average"]} | results["baselines"] | results["controls"])]
+            else:
+                lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+                measured = any("score" in line for line in lines)
+                kinds.add(METRICS[args["task"]] if measured else "loss")
+                key = "score" if measured else "loss"
+                rows = [(line["step"], {"main": line[key]} | line.get("controls", {})) for line in lines if key in line]
+        except (OSError, ValueError, KeyError) as problem:
+            raise InputError(f"{run}: has no readable results or log ({problem})") from None
+        for x, values in rows:
+            for column, value in values.items():
+                points.setdefault((name, column), {}).setdefault(x, []).append(value)
+    if len(kinds) != 1:
+        raise InputError(f"--plot: these runs have different things to draw: {', '.join(sorted(kinds))}")
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for label, some in curves.items():
-        steps = sorted(set.intersection(*(set(curve) for curve in some)))
-        means = np.array([statistics.fmean(curve[step] for curve in some) for step in steps])
-        sds = np.array([statistics.stdev(curve[step] for curve in some) if len(some) > 1 else 0.0 for step in steps])
-        (line,) = axes.plot(steps, means, label=f"{label} ({len(some)} seeds)" if len(some) > 1 else label, linewidth=1.8)
-        axes.fill_between(steps, means - sds, means + sds, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="step", ylabel="accuracy on held-out rows, %" if measured[0] else "loss per token")
+    alone = len({name for name, _ in points}) == 1
+    for (name, column), curve in points.items():
+        xs = sorted(curve)
+        means = np.array([statistics.fmean(curve[x]) for x in xs])
+        sds = np.array([spread(curve[x]) or 0.0 for x in xs])
+        label = name if column == "main" else COLUMNS[column].format(**args) if alone else f"{name}, {column}"
+        style = {"linewidth": 1.8} if column == "main" else {"linewidth": 1.2, "linestyle": "--"}
+        (line,) = axes.plot(xs, means, label=label, marker="o" if by else None, markersize=4, **style)
+        axes.fill_between(xs, means - sds, means + sds, color=line.get_color(), alpha=0.15, linewidth=0)
+    unit = {"loss": "loss per token", "accuracy": "accuracy on held-out rows, %", "rougeL": "ROUGE-L"}[kinds.pop()]
+    axes.set(xlabel=by or "step", ylabel=unit)
+    if by:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(xs, [str(x) for x in xs])
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     try:
@@ -920,6 +938,7 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, argpars
     add("--cost", action="store_true", help="only print what gists cost and save")
     add("--table", nargs="+", metavar="DIR", help="only print a table of runs: a line for each folder of runs")
     add("--plot", nargs="+", metavar="RUN", help="only draw the curves of runs")
+    add("--by", choices=["gists", "shots"], help="--plot: results by this option of the runs, rather than curves over steps")
     own = {option.dest for option in parser._actions}
     add_options(parser)
     plain = {option.dest: option.default for option in parser._actions if option.dest not in own}
@@ -960,7 +979,7 @@ def main() -> None:
         print(compare([Path(folder) for folder in asked.table]))
         return
     if asked.plot:
-        plot([Path(run) for run in asked.plot], Path(asked.out or "runs/curves.png"))
+        plot([Path(run) for run in asked.plot], Path(asked.out or "runs/curves.png"), asked.by)
         return
     if args.task == "hyperpretrain":
         system = build(args, trained=False)

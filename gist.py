@@ -272,25 +272,37 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
     query = [tokenizer.bos, *tokenizer.encode("\nfox\n")]
     tokens = torch.tensor([examples + query])
 
-    names = [f"gist {t - V}" if t >= V else tokenizer.model.id_to_piece(t).replace("<0x0A>", "\\n") for t in tokens[0].tolist()]
-    print("The gist mask. A row is a token that looks, a column a token that it may look at.\n")
+    def name(t: int) -> str:
+        return f"gist {t - V}" if t >= V else tokenizer.model.id_to_piece(t).replace("<0x0A>", "\\n")
+
+    print("1. The gist mask. A row is a token that looks, a column a token that it may look at.\n")
+    print("position  token")
     for t, see in enumerate(gist_mask(tokens >= V)[0].tolist()):
         marks = "".join(("# " if tokens[0, s] >= V else "o ") if seen else ". " for s, seen in enumerate(see))
-        print(f"{t:4} {names[t]:>8}  {marks}")
-    print("\n# a gist, o another token, . hidden. Behind the gists, the examples can be reached only through them.")
+        kept = "   <- its keys and values survive" if tokens[0, t] >= V else ""
+        print(f"{t:8}  {name(tokens[0, t].item()):>8}  {marks}{kept}")
+    print("\n# a gist, o another token, . hidden. Behind the gists, the examples can be reached only through them:")
+    print("whatever stands there can be read later, by a second pass that has nothing else.\n")
 
     with torch.no_grad():
-        joint = hyper.joint(tokens)[:, len(examples) :]
+        joint = hyper.joint(tokens)[0, -1]
         gists = hyper.compress(torch.tensor([examples]))
-        offset = gists.offset.item()
-        two, _ = model(torch.tensor([query]), past=gists.past, offset=gists.offset, adapter="downstream")
-        lost, _ = model(torch.tensor([query]), past=gists.past, offset=gists.offset * 0, adapter="downstream")
-    keys = gists.past[0][0]
-    print(f"\nTwo passes: the first ends with the gists, and {len(gists.past)} layers × (keys, values) × {list(keys.shape)} "
-          f"survive.\nThe second reads the query at positions {offset} to {offset + len(query) - 1}: the offset is {offset}.\n")  # fmt: skip
-    print("Largest difference of a logit from the joint pass")
-    print(f"  two passes                         {(two - joint).abs().max():.1e}")
-    print(f"  two passes, offset forgotten       {(lost - joint).abs().max():.1e}")
+        two, lost = (
+            model(torch.tensor([query]), past=gists.past, offset=offset, adapter="downstream")[0][0, -1]
+            for offset in (gists.offset, gists.offset * 0)
+        )
+    offset, layers, shape = gists.offset.item(), len(gists.past), list(gists.past[0][0].shape)
+    numbers = sum(x.numel() for layer in gists.past for x in layer)
+    print(f"2. The first pass reads positions 0 to {len(examples) - 1} and ends with the gists. What is stored: {layers} layers × (keys, values)")
+    print(f"   × {shape} (rows, KV heads, gists, head size), {numbers * 4:,} bytes, and the offset {offset}: the position after the last gist.\n")
+    print(f"3. The second pass reads the query at positions {offset} to {offset + len(query) - 1}. Its keys and queries are rotated there, the gists'")
+    print("   keys stay rotated as they were made; attention sees the differences of positions, as in the joint pass.\n")
+    print("4. Logits of the next token: the joint pass, the two passes, and two passes whose offset was forgotten.\n")
+    print(f"{'next token':>14}{'joint':>10}{'two passes':>12}{'offset 0':>10}")
+    for t in joint.topk(5).indices.tolist():
+        print(f"{name(t):>14}{joint[t]:>10.4f}{two[t]:>12.4f}{lost[t]:>10.4f}")
+    differences = [(other - joint).abs().max() for other in (two, lost)]
+    print(f"{'largest difference':>24}{differences[0]:>12.1e}{differences[1]:>10.1e}")
 
 
 if __name__ == "__main__":

@@ -355,16 +355,17 @@ class Llama(nn.Module):
             at = (torch.arange(B, device=x.device)[:, None], keep)
             needed |= {last - 1: at, last: None}
 
+        def cut(x: Tensor) -> Tensor:  # [B, K, P + T, hd] -> [B, K, G, hd]
+            return x[:, :, -T:].transpose(1, 2)[at].transpose(1, 2)
+
         present, x = [], x[needed.get(-1, ...)]
         for i, layer in enumerate(self.layers):
-            if i == last and keep is not None:
-                present = [(k[:, :, -T:].transpose(1, 2)[at], v[:, :, -T:].transpose(1, 2)[at]) for k, v in present]
-                present = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in present]
+            if i == last and keep is not None:  # from here on, x holds the kept positions alone
                 past, angles, gates = None, rotary_angles(positions[at], self.config), narrowed(gates, at)
             inputs = (x, angles, None if past is None else past[i], mask, gates, needed.get(i, ...))
-            x, keys_values = recomputed(layer, *inputs) if self.checkpoint_activations else layer(*inputs)
-            present.append(keys_values)
-        return None if keep is not None else self.lm_head(self.norm(x)), present
+            x, (k, v) = recomputed(layer, *inputs) if self.checkpoint_activations else layer(*inputs)
+            present.append((k, v) if keep is None or i == last else (cut(k), cut(v)))
+        return self.lm_head(self.norm(x)) if keep is None else None, present
 
 
 # ------------------------------------------------------------------------------------------ loading

@@ -29,12 +29,15 @@ plain() { # an untouched model
 base=tiny/llama c=tiny/llama-c # before and after compression hyperpretraining
 
 run p3/HyperLlama --task p3 --model $base
-run p3/C --task p3 --model $c
+run p3/C --task p3 --model $c --measure 10
 run p3/D --task p3 --model $base --downstream lora
 run p3/CD --task p3 --model $c --downstream lora
 run p3/shared --task p3 --model $base --downstream shared
 run p3/fine-tuned_0-shot --task p3 --model $base --method zeroshot
 run p3/fine-tuned_16-shot --task p3 --model $base --method fewshot
+
+for n in 1 2 4 8 32; do run gists/$n --task p3 --model $c --gists $n --no-controls; done # 16: p3/C
+for n in 1 2 4 8; do run shots/$n --task p3 --model $c --shots $n --no-controls; done
 
 run sni/definition --task sni --model $base --method zeroshot
 run sni/definition_and_examples --task sni --model $base --method fewshot
@@ -69,6 +72,9 @@ run p3/C_NF4 --task p3 --model $c --quantize
 xargs -P "${JOBS:-2}" -L 1 ./reproduce.sh finish < $all/jobs
 mkdir -p figures
 python eval.py --plot $all/prefix/*/seed? --out figures/prefix-tuning.png
+python eval.py --plot $all/p3/C/seed? --out figures/training.png
+python eval.py --plot $all/gists/*/seed? $all/p3/C/seed? --by gists --out figures/gists.png
+python eval.py --plot $all/shots/*/seed? $all/p3/C/seed? --by shots --out figures/shots.png
 
 rows() { # rows TABLE ROW…: the table of these rows
     table=$1; shift
@@ -87,8 +93,7 @@ does. `tiny/llama` is the plain model, `tiny/llama-c` the same after compression
 few-shot columns are the untouched model of that row; the other columns are controls: the answering model without a
 prefix, with the gists of another task, with the keys and values of the examples mean-pooled to as many as there are
 gists, and with whole examples in as many raw tokens (at least one). Two runs at a time on two cores of an AMD EPYC,
-November 2026; seconds are those of training and evaluation together (the P3 rows without C had other work beside them,
-so theirs are too high).
+November 2026; seconds are those of training and evaluation together.
 
 ## P3
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from data import P3Task, PrefixBatches, TaskBatches, TextBatches
 from eval import (
+    BASELINES,
     Parser,
     System,
     add_options,
@@ -47,6 +48,7 @@ from eval import (
     evaluate_text,
     load_tasks,
     load_trained,
+    other_task,
     positive,
     prepare,
     read_args,
@@ -61,8 +63,8 @@ from lora import assign, load_tensors, save_tensors
 # The paper's table of hyperparameters isn't public. These are our choice: for large models, and for
 # the miniature, which wants larger steps and fewer of them.
 DEFAULTS = {
-    "large": {"steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
-    "tiny": {"steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
+    "large": {"steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1, "context": 1024, "query_length": 384},
+    "tiny": {"steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5, "context": 1024, "query_length": 384},
 }
 DEFAULTS_OF_TASK = {
     ("large", "hyperpretrain"): {"steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5},
@@ -98,6 +100,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     add("--gist-lr", type=float, help="highest learning rate of the gist embeddings")
     add("--checkpoint-activations", action="store_true",
         help="compute each layer again for its gradient, rather than keep what it needs: less memory, same bits")  # fmt: skip
+    add("--measure", type=int, metavar="N", help="score the held-out tasks N times along the way (default: prefix 10, else never)")
     add("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
     add("--out", metavar="DIR", help="run folder (default: runs/<task>-<method>…)")
     add("--resume", action="store_true", help="continue the run in --out, with its options")
@@ -113,13 +116,25 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
         parser.error("--task is required")
 
     complete(args)
+    fill_in(args)
+    check_options(args)
+    out, resume, overwrite = (vars(args).pop(name) for name in ("out", "resume", "overwrite"))
+    return args, Path(out or default_folder(args)), resume, overwrite
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Defaults that depend on the size of the model and the task."""
     size = "tiny" if read_config(Path(args.model)).width < TINY_WIDTH else "large"
-    defaults = DEFAULTS[size] | {"context": 1024, "query_length": 384} | DEFAULTS_OF_TASK.get((size, args.task), {})
+    defaults = DEFAULTS[size] | DEFAULTS_OF_TASK.get((size, args.task), {})
+    defaults |= {"measure": 10, "init": "hyper"} if args.task == "prefix" else {"measure": 0}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """InputError for options that exclude each other."""
     if args.task == "prefix":
-        args.init = args.init or "hyper"
         if args.method != "hyper":
             raise InputError("--task prefix has no --method: --init says how a prefix starts")
         if (args.init == "hyper") != (args.run is not None):
@@ -132,13 +147,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
                 raise InputError(f"--run {args.run}: has {run['gists']} gists and the model {run['model']}, other than this run")
     elif args.init or args.run:
         raise InputError("--init and --run belong to --task prefix")
+    if args.measure and args.task == "hyperpretrain":
+        raise InputError("--measure needs held-out tasks; --task hyperpretrain has none")
     if args.downstream != "frozen" and (args.method != "hyper" or args.task in ("hyperpretrain", "prefix")):
         raise InputError(f"--downstream {args.downstream} belongs to a hypernetwork with LoRA sets, not to this run")
     for name in ("lr", "gist_lr"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    out, resume, overwrite = (vars(args).pop(name) for name in ("out", "resume", "overwrite"))
-    return args, Path(out or default_folder(args)), resume, overwrite
 
 
 def default_folder(args: argparse.Namespace) -> str:
@@ -402,10 +417,23 @@ def train(
     signal.signal(signal.SIGINT, default)
 
 
+def measure_held_out(system: System, prepared: tuple, step: int) -> dict:
+    """Scores on the held-out tasks along the way, with the first draw of examples: --measure times in a run."""
+    args, (tasks, episodes) = system.args, prepared
+    if not args.measure or step % max(1, args.steps // args.measure) and step not in (1, args.steps):
+        return {}
+    sizes = [sum(len(episode.queries) for episode in some) for some in episodes[0]]
+    averages, table = {}, conditions(system, args.controls)
+    for name in (name for name in table if name not in BASELINES):  # the untouched model stays as it is
+        others = [episodes[0][other_task(tasks, t)] for t in range(len(tasks))]
+        found = [statistics.fmean(score(system, episodes[0][t], others[t], table[name], t)) for t in range(len(tasks))]
+        averages[name] = round(average(tasks, [[value] for value in found], sizes, args.task), 2)
+        if name == "main":
+            each = {task.name: round(value, 2) for task, value in zip(tasks, found)}
+    return {"score": averages.pop("main"), "controls": averages, "scores": each}
+
+
 # ------------------------------------------------------------------------------------- prefix tuning
-
-MEASUREMENTS = 10  # of accuracy during prefix tuning
-
 
 def start_prefixes(system: System, tasks: list[P3Task], out: Path, resume: bool, rank: int, world: int) -> None:
     """What the prefixes start from, by --init: "hyper" and "text" read examples, "shared" is tuned before."""
@@ -439,17 +467,6 @@ def start_prefixes(system: System, tasks: list[P3Task], out: Path, resume: bool,
             system.hyper.start_from(shared.hyper.prefix()[torch.zeros(len(tasks), dtype=torch.long, device=device)])
 
 
-def measure_prefixes(system: System, prepared: tuple, step: int) -> dict:
-    """Accuracy on the held-out rows of each task, some times during prefix tuning."""
-    args, (tasks, episodes) = system.args, prepared
-    if step % max(1, args.steps // MEASUREMENTS) and step not in (1, args.steps):
-        return {}
-    main = conditions(system, controls=False)["main"]
-    found = [statistics.fmean(score(system, episodes[0][t], [], main, t)) for t in range(len(tasks))]
-    accuracies = {task.name: round(value, 2) for task, value in zip(tasks, found)}
-    return {"accuracy": round(average(tasks, [[value] for value in found], [], "p3"), 2), "accuracies": accuracies}
-
-
 def main() -> None:
     args, out, resume, overwrite = parse()
     rank, world = start_processes()
@@ -458,7 +475,7 @@ def main() -> None:
     if rank == 0:
         check_folder(out, args, resume, overwrite)
     system = build(args)
-    measure = None
+    prepared = None
     if args.task == "hyperpretrain":
         batches = TextBatches(args.data, system.formatter, system.gist_ids)
         about = f"{len(batches.paths)} files of text"
@@ -467,7 +484,6 @@ def main() -> None:
         batches = PrefixBatches(held_out, system.formatter)
         prepared = prepare(system, held_out)
         about = f"prefixes for {len(held_out)} tasks"
-        measure = partial(measure_prefixes, system, prepared)
     else:
         tasks, held_out = (load_tasks(args, system.tokenizer, split) for split in ("train", "test"))
         instruct, fuse = args.instruction_downstream, args.fuse_instruction
@@ -485,7 +501,7 @@ def main() -> None:
             shard(system)
     if args.task == "prefix":
         start_prefixes(system, held_out, out, resume, rank, world)
-    train(system, batches, out, resume, rank, world, measure)
+    train(system, batches, out, resume, rank, world, prepared and partial(measure_held_out, system, prepared))
     save_trained(out, system, rank)
     if dist.is_initialized():
         dist.destroy_process_group()

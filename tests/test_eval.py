@@ -270,7 +270,7 @@ def write_run(folder, average, **args):
     results = {"metric": "accuracy", "average": average, "baselines": {"zeroshot": 50.0}, "controls": {}, "seconds": 2.0, "args": args}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "args.json").write_text(json.dumps(args))
-    lines = [{"step": step, "loss": 1.0, "seconds": 1.0} | ({"accuracy": average} if step == 2 else {}) for step in (1, 2)]
+    lines = [{"step": step, "loss": 1.0, "seconds": 1.0} | ({"score": average, "controls": {"no_prefix": 50.0}} if step == 2 else {}) for step in (1, 2)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -288,9 +288,11 @@ def test_a_table_of_runs_is_not_mean_and_deviation(tmp_path):
 def test_curves_are_not_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     for seed in range(2):
-        write_run(tmp_path / f"seed{seed}", 60.0 + seed)
+        write_run(tmp_path / f"seed{seed}", 60.0 + seed, gists=4 + seed)
     evaluation.plot([tmp_path / "seed0", tmp_path / "seed1"], tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
+    evaluation.plot([tmp_path / "seed0", tmp_path / "seed1"], tmp_path / "by.png", by="gists")
+    assert (tmp_path / "by.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(InputError, match="not the folder of a run"):
         evaluation.plot([tmp_path / "no"], tmp_path / "c.png")
 

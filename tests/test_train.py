@@ -360,8 +360,8 @@ def test_a_start_of_prefix_tuning_does_not_run_resume_or_evaluate(tmp_path, hype
     start += ["--steps", "4", "--save-every", "2", "--sets", "1", "--out", out, *(["--run", hypernetwork] if init == "hyper" else [])]
     run(*start)
     tensors, log, results = contents(out)
-    assert [line["step"] for line in log if "accuracy" in line] == [1, 2, 3, 4] and len(log[-1]["accuracies"]) == 8
-    assert results["average"] == pytest.approx(log[-1]["accuracy"], abs=0.01)
+    assert [line["step"] for line in log if "score" in line] == [1, 2, 3, 4] and len(log[-1]["scores"]) == 8
+    assert results["average"] == pytest.approx(log[-1]["score"], abs=0.01)
     run(out, program="eval.py")
     assert contents(out)[2] == results
     (out / "results.json").unlink()
@@ -497,6 +497,23 @@ def test_a_full_disk_destroys_the_last_state_or_is_a_traceback(tmp_path):
     assert not list(out.glob("*.partial"))
     run("--resume", "--out", out)
     assert_same(tmp_path / "whole", out)
+
+
+def test_scores_along_the_way_are_not_those_of_the_end(tmp_path):
+    train(tmp_path / "run", "--steps", "4", "--measure", "2", "--sets", "1")
+    _, log, results = contents(tmp_path / "run")
+    assert [line["step"] for line in log if "score" in line] == [1, 2, 4]
+    assert log[-1]["score"] == pytest.approx(results["average"], abs=0.01)
+    assert log[-1]["controls"] == pytest.approx(results["controls"], abs=0.01)
+    assert log[-1]["scores"] == pytest.approx({name: task["mean"] for name, task in results["tasks"].items()}, abs=0.01)
+
+
+def test_a_run_talks_to_the_network(tmp_path, monkeypatch):
+    def connect(*_):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    train(tmp_path / "run", "--steps", "1")
 
 
 def test_the_same_command_twice_has_other_results(tmp_path):
