@@ -405,32 +405,41 @@ def growth_of(scratch: Path, context: int, gists: int, queries: int) -> tuple[fl
     return side_by_side(2, call=call)["call"], peak(call)
 
 
+GROWTH = {"tokens of examples and gists": [256, 512, 1024, 2048], "gists": [4, 16, 64], "queries per prefix": [1, 4, 16]}
+
+
 def growth(scratch: Path) -> None:
     """6. Time and memory of a training step, by length of the examples, gists, and queries per prefix."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    lines = [["training step", "", "s", "MB", "s a query"]]
+    for n, (name, values) in enumerate(GROWTH.items()):
+        found[name] = []
+        for value in values:
+            given = [1024, G, 4]
+            given[n] = value
+            took, most = alone(growth_of, scratch, *given)
+            found[name].append((took, most))
+            lines.append([name, str(value), f"{took:.2f}", f"{most:,.0f}", f"{took / given[2]:.2f}"])
+    print_lines(lines, total=False)
+    draw_growth(found, Path(__file__).parent / "figures" / "growth.png")
+
+
+def draw_growth(found: dict[str, list[tuple[float, float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    axes_of = {"tokens of examples and gists": [256, 512, 1024, 2048], "gists": [4, 16, 64], "queries per prefix": [1, 4, 16]}
     figure, all_axes = pyplot.subplots(2, 3, figsize=(9, 4.6), layout="constrained", sharey="row")
-    lines = [["training step", "", "s", "MB", "s a query"]]
-    for n, (name, values) in enumerate(axes_of.items()):
-        given = [[1024, G, 4] for _ in values]
-        for row, value in zip(given, values):
-            row[n] = value
-        found = [alone(growth_of, scratch, *row) for row in given]
-        for axes, numbers in zip(all_axes[:, n], zip(*found)):
+    for (name, values), column in zip(GROWTH.items(), all_axes.T):
+        for axes, numbers in zip(column, zip(*found[name])):
             axes.plot(values, numbers, marker="o", linewidth=1.8)
-            axes.set(ylim=(0, None), xticks=values)
+            axes.set_xticks(values)
             axes.grid(alpha=0.3)
-        all_axes[1, n].set_xlabel(name)
-        lines += [[name, str(v), f"{s:.2f}", f"{m:,.0f}", f"{s / row[2]:.2f}"] for v, (s, m), row in zip(values, found, given)]
-    all_axes[0, 0].set_ylabel("seconds a step")
-    all_axes[1, 0].set_ylabel("MB beyond the weights")
-    path = Path(__file__).parent / "figures" / "growth.png"
+        column[1].set_xlabel(name)
+    for axes, label in zip(all_axes[:, 0], ("seconds a step", "MB beyond the weights")):
+        axes.set(ylabel=label, ylim=(0, None))
     figure.savefig(path, dpi=110)
-    print_lines(lines, total=False)
     print(f"written: {path}")
 
 
