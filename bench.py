@@ -245,7 +245,6 @@ def against(what: str, ours: float, other: float, unit: str, digits: int = 2) ->
 def step(scratch: Path, repeats: int) -> list[Line]:
     """1. A training step: 1024 tokens of examples and gists, four queries behind them."""
     batch = a_batch(shape_and_folder(scratch)[0].vocab)
-    our_model(scratch, DTYPE).gists.requires_grad_(True)
     ways = {"ours": partial(our_step, scratch, batch)}
     if not peers(scratch):
         return [["training step", f"{side_by_side(repeats, **ways)['ours']:.2f} s", NEEDS_PEERS, ""]]
@@ -264,7 +263,6 @@ def step(scratch: Path, repeats: int) -> list[Line]:
 
 def memory_of(scratch: Path, way: str) -> float:
     batch = a_batch(shape_and_folder(scratch)[0].vocab)
-    our_model(scratch, DTYPE).gists.requires_grad_(True)
     our_model(scratch, DTYPE).model.checkpoint_activations = way == "checkpointed"
     ways = {"ours": our_step, "checkpointed": our_step, "best": their_best_step, "usual": their_usual_step}
     return peak(partial(ways[way], scratch, batch))
@@ -359,7 +357,6 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
 def limit(scratch: Path, repeats: int) -> list[Line]:
     """5. The rate of the hyper pass, forward and backward, beside that of a plain matrix product."""
     hyper, c = our_model(scratch, DTYPE), shape_and_folder(scratch)[0]
-    hyper.gists.requires_grad_(True)
     batch = a_batch(c.vocab)
     T = batch.examples.shape[1]
 

@@ -584,7 +584,7 @@ def compare(rows: list[Path]) -> str:
 
 # ------------------------------------------------------------- own examples: compress, keep, answer
 
-LAYOUTS = {"p3": P3_LAYOUT, "sni": SNI_LAYOUT, "symbol": SYMBOL_LAYOUTS[0]}  # as the run was trained
+LAYOUTS = {"p3": P3_LAYOUT, "sni": SNI_LAYOUT, "symbol": SYMBOL_LAYOUTS[0]}  # as, or among others as, the run was trained
 
 
 def belongs_to(system: System, run: Path) -> dict[str, str]:
@@ -641,7 +641,7 @@ def use(system: System, run: Path, given: argparse.Namespace) -> None:
     if given.examples:
         gists = compress_examples(system, Path(given.examples))
     else:
-        gists = load_gists(Path(given.gists_file), about, system.device)
+        gists = load_gists(Path(given.gists_file), about, system.device, system.model.embed_tokens.weight.dtype)
     if given.save_gists:
         save_gists(Path(given.save_gists), gists, about)
         print(f"saved as {given.save_gists}, {Path(given.save_gists).stat().st_size:,} bytes")
@@ -785,15 +785,20 @@ def evaluate_text(system: System, batches: TextBatches) -> dict:
     count = min(WINDOWS, args.limit or WINDOWS)
     for start in tqdm(range(0, count, args.eval_batch_size), desc="evaluating", leave=False):
         size = min(args.eval_batch_size, count - start)
-        batch = batches(args.seed, range(start, start + size), test=True).to(system.device)
-        gists, width = system.hyper.compress(batch.examples), batch.tokens.shape[1]
+        # One row more: the gists of the next text are the control.
+        more = batches(args.seed, range(start, start + size + 1), test=True).to(system.device)
+        gists = system.hyper.compress(more.examples)
+        rows = torch.arange(size, device=system.device)
+        gists, others = gists[rows], gists[rows + 1]
+        batch = replace(more, examples=more.examples[:size], tokens=more.tokens[:size], targets=more.targets.view(size + 1, -1)[:size])
+        width = batch.tokens.shape[1]
         full = read_rows(system, batch.examples[:, :-G].tolist(), system.hyper.hyper)
         full.seen = None  # all rows have the same length
-        for name, prefix in {"gists": gists, "none": None, "full": full, "other": gists[torch.arange(size).roll(1)]}.items():
+        for name, prefix in {"gists": gists, "none": None, "full": full, "other": others}.items():
             before = {} if prefix is None else prefix.before(width)
             logits, _ = system.model(batch.tokens, **before, adapter=system.hyper.downstream)
             on_c = logits[:, batches.inner :].float()  # BOS and B stand before it
-            targets = batch.targets.view(size, -1)[:, batches.inner :]
+            targets = batch.targets[:, batches.inner :]
             losses[name] += F.cross_entropy(on_c.transpose(1, 2), targets, reduction="none").mean(1).tolist()
     means = {name: statistics.fmean(found) for name, found in losses.items()}
     kept = 100 * (means["none"] - means["gists"]) / (means["none"] - means["full"])
@@ -902,14 +907,15 @@ DATA = {"p3": "P3", "sni": "natural-instructions", "symbol": "symbol", "hyperpre
 SHOTS = {"p3": 16, "sni": 2, "symbol": 4, "hyperpretrain": 0, "prefix": 16}
 
 
+def usual_options(task: str) -> dict:
+    """Defaults that depend on the task."""
+    model = "llama" if task == "hyperpretrain" else "llama-c"
+    return {"model": str(TINY / model), "data": str(TINY / DATA[task]), "shots": SHOTS[task]}
+
+
 def complete(args: argparse.Namespace) -> None:
     """Fill in what depends on the task, and refuse what doesn't go together."""
-    defaults = {
-        "model": str(TINY / ("llama" if args.task == "hyperpretrain" else "llama-c")),
-        "data": str(TINY / DATA[args.task]),
-        "shots": SHOTS[args.task],
-    }
-    for name, value in defaults.items():
+    for name, value in usual_options(args.task).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if (args.instruction_downstream or args.fuse_instruction) and (args.task != "sni" or args.method != "hyper"):

@@ -47,7 +47,7 @@ class Gists:
 
     past    per layer (key, value), each [B, K, G, hd]: 2·L·K·G·hd numbers a row, 8 MiB for Llama-2-7B in bf16
     offset  [B], the position after the last gist (paper, Appendix B)
-    seen    [B, P] bool, which of the past is real, where rows keep unequal numbers of tokens; else None
+    seen    [B, G] bool, which of the past is real, where rows keep unequal numbers of tokens; else None
 
     Keys keep the rotation of the place where they were made, so the tokens that follow must count on
     from `offset`. Rotary attention sees differences only: were they to start at 0 instead, every
@@ -240,7 +240,7 @@ def save_gists(path: Path, gists: Gists, about: dict[str, str]) -> None:
     save_tensors(path, tensors, about)
 
 
-def load_gists(path: Path, about: dict[str, str], device: torch.device | str) -> Gists:
+def load_gists(path: Path, about: dict[str, str], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Gists:
     """A saved prefix; InputError if it was made by another model or run than `about` says."""
     tensors, found = load_tensors(path)
     for key, value in about.items():
@@ -248,7 +248,7 @@ def load_gists(path: Path, about: dict[str, str], device: torch.device | str) ->
             raise InputError(f"{path}: made with another {key} ({found.get(key)}, not {value})")
     layers = range((len(tensors) - 1) // 2)
     try:
-        past = [(tensors[f"{i}.key"].to(device), tensors[f"{i}.value"].to(device)) for i in layers]
+        past = [(tensors[f"{i}.key"].to(device, dtype), tensors[f"{i}.value"].to(device, dtype)) for i in layers]
         return Gists(past, tensors["offset"].to(device))
     except KeyError as name:
         raise InputError(f"{path}: not a saved prefix (no tensor {name})") from None

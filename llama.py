@@ -572,8 +572,7 @@ def generate(
     last = torch.arange(B, device=device) * T + lengths - 1  # each row's last real token
     logits, present = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=last)
 
-    # Behind a short prompt stands padding, in `present` too. It must stay unseen: here, and only
-    # where a past has such holes, an explicit mask is needed.
+    # Behind a short prompt stands padding, in `present` too. That it stays unseen takes an explicit mask.
     seen = seen_after(seen, present, lengths, T)
     room = [Room(*layer, max_new_tokens) for layer in present]
     position, rows = offset + lengths, [[] for _ in range(B)]

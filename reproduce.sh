@@ -29,20 +29,23 @@ plain() { # an untouched model
 base=tiny/llama c=tiny/llama-c # before and after compression hyperpretraining
 
 run p3/HyperLlama --task p3 --model $base
-run p3/C --task p3 --model $c --measure 10
+run p3/C --task p3 --model $c
+run p3/C_one_step --task p3 --model $c --steps 1 # what is there before training
 run p3/D --task p3 --model $base --downstream lora
 run p3/CD --task p3 --model $c --downstream lora
 run p3/shared --task p3 --model $base --downstream shared
 run p3/fine-tuned_0-shot --task p3 --model $base --method zeroshot
 run p3/fine-tuned_16-shot --task p3 --model $base --method fewshot
 
-for n in 1 2 4 8 32; do run gists/$n --task p3 --model $c --gists $n --no-controls; done # 16: p3/C
+for n in 1 2 4 8; do run gists/$n --task p3 --model $c --gists $n --no-controls; done # 16: p3/C
+run gists/32 --task p3 --model $c --gists 32 --measure 10 # the checkpoint has 16: these start as words
 for n in 1 2 4 8; do run shots/$n --task p3 --model $c --shots $n --no-controls; done
 
 run sni/definition --task sni --model $base --method zeroshot
 run sni/definition_and_examples --task sni --model $base --method fewshot
 run sni/HyperLlama --task sni --model $base
 run sni/C --task sni --model $c
+run sni/C_one_step --task sni --model $c --steps 1
 run sni/D --task sni --model $base --downstream lora
 run sni/I --task sni --model $base --instruction-downstream
 run sni/CDI --task sni --model $c --downstream lora --instruction-downstream
@@ -54,6 +57,7 @@ plain symbol/few-shot --task symbol --model $base --method fewshot --sets 10 --l
 run symbol/symbol-tuned_few-shot --task symbol --model $base --method fewshot
 run symbol/HyperLlama --task symbol --model $base
 run symbol/C --task symbol --model $c
+run symbol/C_one_step --task symbol --model $c --steps 1
 run symbol/D --task symbol --model $base --downstream lora
 
 run text/from_the_base --task hyperpretrain --model $base
@@ -72,7 +76,7 @@ run p3/C_NF4 --task p3 --model $c --quantize
 xargs -P "${JOBS:-2}" -L 1 ./reproduce.sh finish < $all/jobs
 mkdir -p figures
 python eval.py --plot $all/prefix/*/seed? --out figures/prefix-tuning.png
-python eval.py --plot $all/p3/C/seed? --out figures/training.png
+python eval.py --plot $all/gists/32/seed? --out figures/training.png
 python eval.py --plot $all/gists/*/seed? $all/p3/C/seed? --by gists --out figures/gists.png
 python eval.py --plot $all/shots/*/seed? $all/p3/C/seed? --by shots --out figures/shots.png
 
@@ -99,13 +103,15 @@ November 2026; seconds are those of training and evaluation together.
 
 Accuracy, average of 8 held-out prompts, 16 examples, 5 draws of them. Chance is 45.8.
 END
-rows p3 HyperLlama C D CD shared fine-tuned_0-shot fine-tuned_16-shot C_shared C_NF4
+rows p3 HyperLlama C C_one_step D CD shared fine-tuned_0-shot fine-tuned_16-shot C_shared C_NF4
 cat << 'END'
 The paper's P3 numbers (7B) are 55.4 for fine-tuned 0-shot, 55.8 HyperLlama, 56.8 C, 57.2 D, 57.2 CD, 61.2 fine-tuned
 16-shot. What holds: without examples nothing can be known (fine-tuned 0-shot is at chance), and with them in context
 most is. What doesn't: C and D are one point each there, and here C is everything and D nothing. Without C, HyperLlama, D
 and shared stay at chance, and their gists are worth no more than another task's: 300 steps of a rank-8 LoRA on so small a
-model don't invent compression, but they do adapt a model that has learned it. With C, gists of the examples are worth
+model don't invent compression. With C it is there before any training, as the row of a single step shows, and training
+neither adds to it nor harms; but it does bring gists to work that start as words (32 of them:
+[figures/training.png](figures/training.png)). With C, gists of the examples are worth
 what the same model makes of all examples in context, and fine-tuned 16-shot isn't ahead: `tiny/llama-c` has learned to
 compress on texts much like these tasks, for longer than any row was fine-tuned. Quantizing the base to NF4
 costs one point, about the spread over seeds.
@@ -115,7 +121,7 @@ costs one point, about the spread over seeds.
 ROUGE-L, mean over the instances of 12 held-out tasks; two positive examples. "definition" and "definition and
 examples" are fine-tuned language models that see these in context.
 END
-rows sni definition definition_and_examples HyperLlama C D I CDI fused C_fused
+rows sni definition definition_and_examples HyperLlama C C_one_step D I CDI fused C_fused
 cat << 'END'
 In the paper, definition only < every HyperLlama < definition + examples, I helps markedly, and C and D together help.
 What holds: examples are worth 26 points to the fine-tuned model, because half of the definitions don't say how to write
@@ -131,7 +137,7 @@ it leaves out what it can't know, while the fine-tuned one guesses.
 Accuracy, average of 5 held-out sets, 20 queries each, 4 examples per class; each run is the mean of 10 draws of symbols,
 formats and examples. Chance is 43.3.
 END
-rows symbol 0-shot few-shot symbol-tuned_few-shot HyperLlama C D
+rows symbol 0-shot few-shot symbol-tuned_few-shot HyperLlama C C_one_step D
 cat << 'END'
 The paper's ordering is 0-shot = chance; HyperLlama slightly above; few-shot without any tuning far above; symbol-tuned
 few-shot best. It holds for the rows without C: HyperLlama and D are at chance, the untouched model's few-shot is far

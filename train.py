@@ -54,6 +54,7 @@ from eval import (
     read_args,
     run_command,
     score,
+    usual_options,
     write_json,
 )
 from gist import Gists, SoftPrefix
@@ -100,7 +101,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     add("--gist-lr", type=float, help="highest learning rate of the gist embeddings")
     add("--checkpoint-activations", action="store_true",
         help="compute each layer again for its gradient, rather than keep what it needs: less memory, same bits")  # fmt: skip
-    add("--measure", type=int, metavar="N", help="score the held-out tasks N times along the way (default: prefix 10, else never)")
+    add("--measure", type=int, metavar="N", help="score the held-out tasks about N times along the way (default: prefix 10, else never)")
     add("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
     add("--out", metavar="DIR", help="run folder (default: runs/<task>-<method>…)")
     add("--resume", action="store_true", help="continue the run in --out, with its options")
@@ -147,8 +148,10 @@ def check_options(args: argparse.Namespace) -> None:
                 raise InputError(f"--run {args.run}: has {run['gists']} gists and the model {run['model']}, other than this run")
     elif args.init or args.run:
         raise InputError("--init and --run belong to --task prefix")
-    if args.measure and args.task == "hyperpretrain":
-        raise InputError("--measure needs held-out tasks; --task hyperpretrain has none")
+    if args.measure < 0 or args.measure and args.task == "hyperpretrain":
+        raise InputError("--measure counts the times that held-out tasks are scored; --task hyperpretrain has none")
+    if args.checkpoint_activations and args.init == "propagate":
+        raise InputError("--checkpoint-activations doesn't go with --init propagate, which adds to layers from outside")
     if args.downstream != "frozen" and (args.method != "hyper" or args.task in ("hyperpretrain", "prefix")):
         raise InputError(f"--downstream {args.downstream} belongs to a hypernetwork with LoRA sets, not to this run")
     for name in ("lr", "gist_lr"):
@@ -159,6 +162,12 @@ def check_options(args: argparse.Namespace) -> None:
 def default_folder(args: argparse.Namespace) -> str:
     name = {"hyperpretrain": "hyperpretrain", "prefix": f"prefix-{args.init}"}.get(args.task, f"{args.task}-{args.method}")
     name += f"-{args.downstream}" * (args.task not in ("hyperpretrain", "prefix") and args.method == "hyper")
+    for option, usual in (usual_options(args.task) | {"gists": 16}).items():
+        value = getattr(args, option)
+        if option in ("model", "data"):
+            name += f"-{Path(value).name}" * (Path(value).resolve() != Path(usual).resolve())
+        else:
+            name += f"-{value}-{option}" * (value != usual)
     name += "-instruction" * args.instruction_downstream + "-fused" * args.fuse_instruction + "-nf4" * args.quantize
     return f"runs/{name}-seed{args.seed}"
 

@@ -231,6 +231,9 @@ def test_a_hyperpretrained_model_cannot_be_used(tmp_path):
     run(tmp_path / "c", program="eval.py")
     again = json.loads((tmp_path / "c" / "results.json").read_text())
     assert again | {"seconds": 0, "args": 0} == results | {"seconds": 0, "args": 0}
+    run(tmp_path / "c", "--limit", "1", "--out", tmp_path / "one", program="eval.py")
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert one["controls"]["other_task"] != one["average"]  # another text's gists, also where there is one text
     train(tmp_path / "run", "--steps", "1", "--model", tmp_path / "c")  # 4 gists: the checkpoint's own
     own, gists = load(tmp_path / "c"), load_tensors(tmp_path / "c" / "gists.safetensors")[0]["gists"]
     assert not torch.equal(own.embed_tokens.weight, load(ROOT / "tiny" / "llama").embed_tokens.weight)
@@ -381,6 +384,7 @@ def test_own_examples_are_not_compressed_kept_or_answered_behind(tmp_path, hyper
     kept = run(hypernetwork, "--gists-file", gists, *question, program="eval.py").stdout
     fresh = run(hypernetwork, "--examples", examples, *question, program="eval.py").stdout
     assert kept.strip() == fresh.strip().splitlines()[-1] and kept.split()[0] in ("kilo", "jade")
+    run(hypernetwork, "--gists-file", gists, *question, "--dtype", "bfloat16", program="eval.py")  # kept in float32
 
     train(tmp_path / "other", "--steps", "1", "--no-controls", "--seed", "5")
     another_base = run(hypernetwork, "--model", ROOT / "tiny" / "llama", program="eval.py", status=2).stderr
@@ -440,6 +444,9 @@ def test_bad_input_is_a_traceback_or_leaves_something_behind(tmp_path, monkeypat
         (["--task", "symbol", "--words", tmp_path / "no"], "not a file of words"),
         (["--task", "hyperpretrain", "--data", tmp_path / "small"], "no .jsonl"),
         (["--task", "hyperpretrain", "--quantize"], "no --quantize"),
+        (["--task", "hyperpretrain", "--measure", "2"], "--measure"),
+        (["--measure", "-1"], "--measure"),
+        (["--task", "prefix", "--init", "propagate", "--checkpoint-activations"], "--init propagate"),
         (["--task", "hyperpretrain", "--downstream", "lora"], "--downstream lora"),
     ):
         assert message in error(monkeypatch, capsys, *start, *argv), argv
@@ -467,8 +474,9 @@ def test_a_finished_run_is_overwritten_or_resumed_as_another(tmp_path, monkeypat
 
 
 def test_a_run_folder_that_cannot_be_written_is_found_late(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.build", None)  # nothing may have been loaded
     (tmp_path / "file").write_text("mine")
-    assert "is a file" in error(monkeypatch, capsys, "--task", "p3", "--model", "no", "--out", tmp_path / "file" / "run")
+    assert "is a file" in error(monkeypatch, capsys, "--task", "p3", "--out", tmp_path / "file" / "run")
     if os.geteuid():  # nothing is closed to root
         (tmp_path / "closed").mkdir(mode=0o500)
         assert "not writable" in error(monkeypatch, capsys, "--task", "p3", "--out", tmp_path / "closed" / "run")
