@@ -132,6 +132,22 @@ def _checked(config: Config) -> Config:
 # ------------------------------------------------------------------------------------------ the model
 
 
+LARGE = 1 << 20  # numbers in a matrix: more than a cache holds
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ; x [..., inputs], W [outputs, inputs].
+
+    Generation on a CPU takes a few rows through every matrix, and reading the matrix is all the work. As
+    (W xᵀ)ᵀ, four rows at a time, it is read about twice as fast.
+    """
+    rows, (outputs, inputs) = x.shape[:-1].numel(), weight.shape
+    few = 1 < rows <= 8 and outputs >= inputs and weight.numel() >= LARGE and not torch.is_grad_enabled()
+    if not few or x.is_cuda or x.dtype != torch.float32:
+        return F.linear(x, weight)
+    return torch.cat([weight @ part.T for part in x.flatten(0, -2).split(4)], dim=1).T.unflatten(0, x.shape[:-1])
+
+
 class Linear(nn.Module):
     """y = W x, plus the low-rank adapters that the call asks for (lora.py fills `lora`)."""
 
@@ -146,7 +162,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return product(x, self.weight)
 
     def forward(self, x: Tensor, adapter: Mapping[str, Tensor | None]) -> Tensor:
         y = self.matmul(x)
@@ -365,7 +381,7 @@ class Llama(nn.Module):
             inputs = (x, angles, None if past is None else past[i], mask, gates, needed.get(i, ...))
             x, (k, v) = recomputed(layer, *inputs) if self.checkpoint_activations else layer(*inputs)
             present.append((k, v) if keep is None or i == last else (cut(k), cut(v)))
-        return self.lm_head(self.norm(x)) if keep is None else None, present
+        return product(self.norm(x), self.lm_head.weight) if keep is None else None, present
 
 
 # ------------------------------------------------------------------------------------------ loading

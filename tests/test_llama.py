@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, config, hf_tensors, random_hyper, random_llama, write_hf
 from safetensors.torch import save_file
 
-from llama import InputError, Llama, Tokenizer, generate, load, ragged, read_config
+from llama import InputError, Llama, Tokenizer, generate, load, product, ragged, read_config
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -93,6 +93,14 @@ def test_selected_positions_lose_their_gates():
     adapter = {"hyper": torch.rand(2, 6, 1)}
     full = model(x, adapter=adapter)[0].flatten(0, 1)[select]
     torch.testing.assert_close(model(x, adapter=adapter, select=select)[0], full, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (5, 1), (8, 1), (9, 1), (6,)])
+def test_a_few_rows_through_a_large_matrix_come_out_otherwise(shape):
+    x, weight = torch.randn(*shape, 1024), torch.randn(1024, 1024)
+    with torch.no_grad():
+        torch.testing.assert_close(product(x, weight), torch.nn.functional.linear(x, weight), atol=1e-3, rtol=1e-4)
+    assert product(x, weight.requires_grad_()).requires_grad
 
 
 # --------------------------------------------------------------------------------------- generation
