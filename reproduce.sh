@@ -97,7 +97,7 @@ does. `tiny/llama` is the plain model, `tiny/llama-c` the same after compression
 few-shot columns are the untouched model of that row; the other columns are controls: the answering model without a
 prefix, with the gists of another task, with the keys and values of the examples mean-pooled to as many as there are
 gists, and with whole examples in as many raw tokens (at least one). Two runs at a time on two cores of an AMD EPYC,
-November 2026; seconds are those of training and evaluation together.
+November 2026; seconds are those of training and evaluation together (some rows had other work beside them: D, shared).
 
 ## P3
 
