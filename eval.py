@@ -746,19 +746,21 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
         raise InputError(f"--plot: these runs have different things to draw: {', '.join(sorted(kinds))}")
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     alone = len({name for name, _ in points}) == 1
+    heads = COLUMNS | ({"fewshot": "examples in context"} if by else {})  # as many as there were shots
     for (name, column), curve in points.items():
         xs = sorted(curve)
         means = np.array([statistics.fmean(curve[x]) for x in xs])
         sds = np.array([spread(curve[x]) or 0.0 for x in xs])
-        label = name if column == "main" else COLUMNS[column].format(**args) if alone else f"{name}, {column}"
+        label = name if column == "main" else heads[column].format(**args) if alone else f"{name}, {column}"
         style = {"linewidth": 1.8} if column == "main" else {"linewidth": 1.2, "linestyle": "--"}
         (line,) = axes.plot(xs, means, label=label, marker="o" if by else None, markersize=4, **style)
         axes.fill_between(xs, means - sds, means + sds, color=line.get_color(), alpha=0.15, linewidth=0)
     unit = {"loss": "loss per token", "accuracy": "accuracy on held-out rows, %", "rougeL": "ROUGE-L"}[kinds.pop()]
     axes.set(xlabel=by or "step", ylabel=unit)
     if by:
+        every = sorted({x for curve in points.values() for x in curve})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(xs, [str(x) for x in xs])
+        axes.set_xticks(every, [str(x) for x in every])
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     try:
