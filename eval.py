@@ -881,6 +881,10 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command; what the user can mend is said in one line, with exit status 2 (Ctrl-C: 130)."""
     try:
         main()
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:  # whoever reads the output, head for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     except (InputError, OSError) as problem:  # OSError: a full disk, a folder taken away
         message, status = f"error: {problem}", 2
