@@ -792,15 +792,14 @@ def evaluate_text(system: System, batches: TextBatches) -> dict:
         gists = system.hyper.compress(more.examples)
         rows = torch.arange(size, device=system.device)
         gists, others = gists[rows], gists[rows + 1]
-        batch = replace(more, examples=more.examples[:size], tokens=more.tokens[:size], targets=more.targets.view(size + 1, -1)[:size])
-        width = batch.tokens.shape[1]
-        full = read_rows(system, batch.examples[:, :-G].tolist(), system.hyper.hyper)
+        tokens, width = more.tokens[:size], more.tokens.shape[1]
+        targets = more.targets.view(size + 1, -1)[:size, batches.inner :]
+        full = read_rows(system, more.examples[:size, :-G].tolist(), system.hyper.hyper)
         full.seen = None  # all rows have the same length
         for name, prefix in {"gists": gists, "none": None, "full": full, "other": others}.items():
             before = {} if prefix is None else prefix.before(width)
-            logits, _ = system.model(batch.tokens, **before, adapter=system.hyper.downstream)
+            logits, _ = system.model(tokens, **before, adapter=system.hyper.downstream)
             on_c = logits[:, batches.inner :].float()  # BOS and B stand before it
-            targets = batch.targets[:, batches.inner :]
             losses[name] += F.cross_entropy(on_c.transpose(1, 2), targets, reduction="none").mean(1).tolist()
     means = {name: statistics.fmean(found) for name, found in losses.items()}
     kept = 100 * (means["none"] - means["gists"]) / (means["none"] - means["full"])

@@ -64,8 +64,8 @@ from lora import assign, load_tensors, save_tensors
 # The paper's table of hyperparameters isn't public. These are our choice: for large models, and for
 # the miniature, which wants larger steps and fewer of them.
 DEFAULTS = {
-    "large": {"steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1, "context": 1024, "query_length": 384},
-    "tiny": {"steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5, "context": 1024, "query_length": 384},
+    "large": {"steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
+    "tiny": {"steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
 }
 DEFAULTS_OF_TASK = {
     ("large", "hyperpretrain"): {"steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5},
@@ -126,8 +126,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
 def fill_in(args: argparse.Namespace) -> None:
     """Defaults that depend on the size of the model and the task."""
     size = "tiny" if read_config(Path(args.model)).width < TINY_WIDTH else "large"
-    defaults = DEFAULTS[size] | DEFAULTS_OF_TASK.get((size, args.task), {})
-    defaults |= {"measure": 10, "init": "hyper"} if args.task == "prefix" else {"measure": 0}
+    defaults = {"context": 1024, "query_length": 384, "measure": 0} | DEFAULTS[size] | DEFAULTS_OF_TASK.get((size, args.task), {})
+    if args.task == "prefix":
+        defaults |= {"measure": 10, "init": "hyper"}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -338,10 +339,14 @@ def save_trained(out: Path, system: System, rank: int) -> None:
     shutil.copyfile(system.tokenizer.path, out / "tokenizer.model")
 
 
+def hf_name(name: str) -> str:
+    """Hugging Face's name of one of our tensors."""
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
 def save_checkpoint(folder: Path, c: Config, tensors: dict[str, Tensor]) -> None:
     """A Hugging Face folder, in bfloat16."""
-    named = {("" if name.startswith("lm_head") else "model.") + name: t.bfloat16() for name, t in tensors.items()}
-    save_tensors(folder / "model.safetensors", named, {"format": "pt"})
+    save_tensors(folder / "model.safetensors", {hf_name(name): t.bfloat16() for name, t in tensors.items()}, {"format": "pt"})
     write_config(folder, c)
 
 
@@ -427,7 +432,7 @@ def train(
 
 
 def measure_held_out(system: System, prepared: tuple, step: int) -> dict:
-    """Scores on the held-out tasks along the way, with the first draw of examples: --measure times in a run."""
+    """Scores on the held-out tasks along the way, with the first draw of examples: about --measure times in a run."""
     args, (tasks, episodes) = system.args, prepared
     if not args.measure or step % max(1, args.steps // args.measure) and step not in (1, args.steps):
         return {}
@@ -443,6 +448,7 @@ def measure_held_out(system: System, prepared: tuple, step: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------- prefix tuning
+
 
 def start_prefixes(system: System, tasks: list[P3Task], out: Path, resume: bool, rank: int, world: int) -> None:
     """What the prefixes start from, by --init: "hyper" and "text" read examples, "shared" is tuned before."""
