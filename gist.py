@@ -11,6 +11,10 @@ to the same logits and gradients.
 Shapes: B rows, T tokens, G gists, L layers, K KV heads, hd head size, D width, V vocabulary.
 """
 
+import argparse
+import hashlib
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import InputError, Llama, Past, Tokenizer, holes_mask, load, positions_of, ragged
-from lora import add_lora, load_tensors, save_tensors
+from llama import KV, InputError, Linear, Llama, Past, Tokenizer, holes_mask, load, positions_of, ragged, reading, real
+from lora import NF4Linear, add_lora, assign, load_tensors, save_tensors
 
 
 def gist_mask(is_gist: Tensor) -> Tensor:
@@ -30,7 +34,7 @@ def gist_mask(is_gist: Tensor) -> Tensor:
 
         see(t, s)  =  s ≤ t  and  (gist(s) or segment(s) = segment(t))
 
-    So what stands behind the gists depends on what stands before them through the gists alone, in
+    So what comes after the gists depends on what came before them through the gists alone, in
     every layer: their keys and values hold all that is needed to go on. That is why the joint mask
     can be replaced by two passes. Gists may stand anywhere, in several runs; later ones see earlier.
     """
@@ -61,10 +65,10 @@ class Gists:
     def __getitem__(self, rows: Tensor) -> "Gists":
         """Choose rows, with repetition: several queries can follow the same gists."""
         seen = None if self.seen is None else self.seen[rows]
-        return Gists([(k[rows], v[rows]) for k, v in self.past], self.offset[rows], seen)
+        return Gists([KV(k[rows], v[rows]) for k, v in self.past], self.offset[rows], seen)
 
     def before(self, T: int) -> dict:
-        """What `Llama.forward` must know to read T tokens behind this prefix."""
+        """What `Llama.forward` must know to read T tokens after this prefix."""
         return {"past": self.past, "offset": self.offset, "mask": None if self.seen is None else holes_mask(self.seen, T)}
 
 
@@ -74,14 +78,18 @@ class HyperLlama(nn.Module):
     The gists have a table of their own, [G, D]: the vocabulary and lm_head stay as they were. In a
     row of token ids, the gists are V, V + 1, …, V + G - 1.
 
-    hyper, downstream: the LoRA set that acts in each role, None for the bare base. With the same set
-    in both, one model does both (Mu et al.'s gisting).
+    reader, answerer: the LoRA set that acts while examples are read, and while queries are answered;
+    None is the bare base. With the same set in both, one model does both (Mu et al.'s gisting).
     """
 
-    def __init__(self, model: Llama, embeddings: Tensor, hyper: str | None = "hyper", downstream: str | None = None):
+    def __init__(self, model: Llama, embeddings: Tensor, reader: str | None = "hyper", answerer: str | None = None):
         super().__init__()
-        self.model, self.hyper, self.downstream = model, hyper, downstream
+        self.model, self.reader, self.answerer = model, reader, answerer
         self.gists = nn.Parameter(embeddings.float().clone())
+
+    @property
+    def gist_ids(self) -> list[int]:
+        return [self.model.config.vocab + i for i in range(len(self.gists))]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings of words and gists. [B, T] ids -> [B, T, D]"""
@@ -96,7 +104,7 @@ class HyperLlama(nn.Module):
         kept [B]: so many tokens at the beginning of each row stay in the prefix, beside the gists
         (instruction fusion, Ivison et al. 2023).
 
-        Plain causal attention: gists never see the padding behind them.
+        Plain causal attention: gists never see the padding after them.
         """
         G, B = len(self.gists), len(tokens)
         start = torch.zeros_like(tokens[:, 0]) if start is None else start
@@ -107,7 +115,7 @@ class HyperLlama(nn.Module):
             seen = torch.cat((lead < kept[:, None], torch.ones_like(at, dtype=torch.bool)), dim=1)
             at = torch.cat((lead, at), dim=1)
 
-        _, past = self.model(self.embed(tokens), offset=start, adapter=self.hyper, keep=at)
+        past = self.model.keys_values(self.embed(tokens), at, offset=start, adapter=self.reader)
         return Gists(past, start + first + G, seen)
 
     def forward(self, batch) -> Tensor:
@@ -119,16 +127,16 @@ class HyperLlama(nn.Module):
         if batch.examples is not None:
             gists = self.compress(batch.examples, kept=batch.kept)[batch.row]
             prefix = gists.before(batch.tokens.shape[1])
-        return self.model(batch.tokens, **prefix, adapter=self.downstream, select=batch.select)[0]
+        return self.model(batch.tokens, **prefix, adapter=self.answerer, select=batch.select)[0]
 
     def joint(self, tokens: Tensor) -> Tensor:
         """The same as one pass. tokens [B, T]: each row BOS, examples, gists, BOS, query -> logits [B, T, V].
 
-        The hypernetwork's LoRA acts up to the last gist, the downstream model's behind it.
+        The hypernetwork's LoRA acts up to the last gist, the downstream model's after it.
         """
         is_gist = tokens >= self.model.config.vocab
-        behind = (is_gist.flip(1).cumsum(1).flip(1) == 0)[..., None]  # [B, T, 1]
-        adapter = {self.hyper: ~behind, self.downstream: behind} if self.hyper != self.downstream else self.hyper
+        after = (is_gist.flip(1).cumsum(1).flip(1) == 0)[..., None]  # [B, T, 1]
+        adapter = {self.reader: ~after, self.answerer: after} if self.reader != self.answerer else self.reader
         return self.model(self.embed(tokens), adapter=adapter, mask=gist_mask(is_gist))[0]
 
 
@@ -137,96 +145,132 @@ def combine(hyper: HyperLlama, sets: Sequence[Sequence[int]], side_by_side: bool
 
     sets: rows of tokens, each BOS, examples, G gists. Each row starts at the position that lets its
     gists end where they must: all at the same, so that keys with the same rotation are averaged; or
-    each G behind the one before. Returns one row, of G gists or of len(sets)·G.
+    each G after the one before. Returns one row, of G gists or of len(sets)·G.
     """
     device = hyper.gists.device
     lengths = torch.tensor([len(row) for row in sets], device=device)
-    behind = torch.arange(len(sets), device=device) * (len(hyper.gists) if side_by_side else 0)
-    ends = (lengths - behind).max() + behind
+    shift = torch.arange(len(sets), device=device) * (len(hyper.gists) if side_by_side else 0)
+    ends = (lengths - shift).max() + shift
     gists = hyper.compress(ragged(sets, device=device), start=ends - lengths)
 
     def merge(x: Tensor) -> Tensor:  # [N, K, G, hd] -> [1, K, N*G or G, hd]
         return x.transpose(0, 1).flatten(1, 2)[None] if side_by_side else x.mean(0, keepdim=True)
 
-    return Gists([(merge(k), merge(v)) for k, v in gists.past], ends[-1:])
+    return Gists([KV(merge(k), merge(v)) for k, v in gists.past], ends[-1:])
 
 
-# ------------------------------------------------------------------------------------- prefix tuning
+@torch.no_grad()
+def read_rows(model: Llama, rows: Sequence[Sequence[int]], adapter: str | None = None) -> Gists:
+    """The keys and values of every token of some rows: few-shot prompting, as a prefix."""
+    tokens = ragged(rows, device=model.embed_tokens.weight.device)
+    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+    past = model.keys_values(tokens, positions_of(tokens), adapter=adapter)
+    return Gists(past, lengths, real(lengths, tokens.shape[1]) if len(rows) > 1 else None)
 
 
-class SoftPrefix(nn.Module):
-    """Prefixes that are trained themselves, one for each of R tasks, in front of a frozen Llama.
+def mean_pooled(prefix: Gists, count: int) -> Gists:
+    """Keys and values averaged over `count` stretches. Nothing is learned."""
+    lengths = prefix.offset.tolist()
+    count = min(count, *lengths)
 
-    kind  "flat"       the keys and values are the parameters (prefix tuning, Li and Liang 2021)
-          "reparam"    they are the outputs of an MLP: [P, D] -> Linear -> tanh -> 2·L·K·hd
-          "propagate"  P slots pass through the layers, one added vector per layer and slot: half as
-                       many parameters as flat keys and values (prefix-propagation, Li et al. 2023)
+    def pool(x: Tensor) -> Tensor:  # [B, K, T, hd] -> [B, K, count, hd]
+        rows = [row[:, :length].tensor_split(count, dim=1) for row, length in zip(x, lengths)]
+        return torch.stack([torch.stack([part.mean(1) for part in parts], dim=1) for parts in rows])
+
+    return Gists([(pool(k), pool(v)) for k, v in prefix.past], prefix.offset)
+
+
+# -------------------------------------------------------------------- the model that arguments describe
+
+ANSWERERS = {"frozen": None, "lora": "downstream", "shared": "hyper"}  # --downstream -> LoRA set
+
+
+def device_and_dtype(args: argparse.Namespace, whole: bool = False) -> tuple[str, torch.dtype]:
+    """Where to compute and in what. whole: all weights are trained, so they stay float32: bf16 loses small updates."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        raise InputError(f"--device {device}: not available here ({str(problem).splitlines()[0]})") from None
+    return device, getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") and not whole else "float32"))
+
+
+def load_base(args: argparse.Namespace, whole: bool = False) -> Llama:
+    device, dtype = device_and_dtype(args, whole)
+    return load(args.model, device, dtype, NF4Linear if args.quantize else Linear)
+
+
+def build(args: argparse.Namespace, whole: bool = False) -> HyperLlama:
+    """The model and its LoRA sets, as at the start of a run; untouched where no step is taken.
+
+    whole: no LoRA, all parameters are trained (hyperpretraining).
     """
-
-    def __init__(self, model: Llama, tasks: int, length: int, kind: str, generator: torch.Generator):
-        super().__init__()
-        c = model.config
-        self.model, self.kind, self.downstream = model, kind, None
-        device = model.embed_tokens.weight.device
-        self.register_buffer("offset", torch.full((tasks,), length, device=device))
-
-        def normal(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape, generator=generator).to(device))
-
-        if kind == "flat":
-            self.table = normal(c.layers, 2, tasks, c.kv_heads, length, c.head_size)
-        elif kind == "reparam":
-            hidden, outputs = min(c.width, HIDDEN), 2 * c.layers * c.kv_heads * c.head_size
-            self.table = normal(tasks, length, c.width)
-            self.first = nn.Parameter(normal(tasks, c.width, hidden).data / c.width**0.5)
-            self.second = nn.Parameter(normal(tasks, hidden, outputs).data / hidden**0.5)
-        else:  # the slots start as words; nothing is added in the layers behind the first
-            words = torch.randperm(c.vocab, generator=generator)[: tasks * length].to(device)
-            table = torch.zeros(c.layers, tasks, length, c.width, device=device)
-            table[0] = model.embed_tokens.weight[words].view(tasks, length, c.width)
-            self.table = nn.Parameter(table)
-
-    def past(self) -> Past:
-        """Per layer keys and values [R, K, P, hd]."""
-        c, dtype = self.model.config, self.model.embed_tokens.weight.dtype
-        if self.kind == "propagate":
-            return self.propagated()
-        table = self.table
-        if self.kind == "reparam":
-            table = (table @ self.first).tanh() @ self.second  # [R, P, 2·L·K·hd]
-            table = table.unflatten(-1, (c.layers, 2, c.kv_heads, c.head_size)).permute(2, 3, 0, 4, 1, 5)
-        return [(k.to(dtype), v.to(dtype)) for k, v in table]
-
-    def propagated(self) -> Past:
-        """Slots see nothing but slots, so they can be read alone, before any query."""
-
-        def add(vectors: Tensor):
-            return lambda block, arguments: (arguments[0] + vectors.to(arguments[0].dtype), *arguments[1:])
-
-        hooks = [layer.register_forward_pre_hook(add(p)) for layer, p in zip(self.model.layers, self.table)]
-        try:
-            slots = torch.zeros_like(self.table[0], dtype=self.model.embed_tokens.weight.dtype)
-            return self.model(slots, keep=positions_of(slots))[1]
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def prefix(self) -> Gists:
-        return Gists(self.past(), self.offset)
-
-    @torch.no_grad()
-    def start_from(self, gists: Gists) -> None:
-        """Take keys, values and offsets as the flat prefix to start from."""
-        self.table.copy_(torch.stack([torch.stack(layer) for layer in gists.past]))
-        self.offset.copy_(gists.offset)
-
-    def forward(self, batch) -> Tensor:
-        """A data.Batch, in which `row` says the task of each query -> logits at its targets, [N, V]."""
-        before = self.prefix()[batch.row].before(batch.tokens.shape[1])
-        return self.model(batch.tokens, **before, select=batch.select)[0]
+    model, generator = load_base(args, whole), torch.Generator().manual_seed(args.seed)
+    reader, answerer = ("hyper", ANSWERERS[args.downstream]) if args.method == "hyper" else (None, "downstream")
+    if whole or not args.steps:
+        reader = answerer = None
+    for name in dict.fromkeys(filter(None, (reader, answerer))):
+        add_lora(model, name, args.rank, args.alpha, generator, keys_values_only=name != answerer)
+    hyper = HyperLlama(model, first_gists(args, model, generator), reader, answerer)
+    hyper.gists.requires_grad_(args.method == "hyper")
+    return hyper.requires_grad_(True) if whole else hyper
 
 
-HIDDEN = 512  # most hidden units of the MLP that makes a prefix
+def first_gists(args: argparse.Namespace, model: Llama, generator: torch.Generator) -> Tensor:
+    """Gist embeddings to start from: a hyperpretrained model's own, else the embeddings of random words. [G, D]"""
+    count = args.gists if args.method == "hyper" else 0
+    words = model.embed_tokens.weight[torch.randperm(model.config.vocab, generator=generator)[:count]]
+    own = Path(args.model) / "gists.safetensors"
+    if not count or not own.exists():
+        return words
+    gists = load_tensors(own)[0].get("gists", words[:0])[:count]
+    if len(gists) < count:
+        print(f"{own}: holds {len(gists)} gists, fewer than {count}: these start as words", file=sys.stderr)
+        return words
+    if gists.shape != words.shape:
+        raise InputError(f"{own}: gists of shape {list(gists.shape)} don't fit the model")
+    return gists.to(words.device)
+
+
+def checksum(model: Llama) -> str:
+    """Tells models apart by tensors that are never quantized, whatever they are computed in."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for weight in (model.norm.weight, model.embed_tokens.weight[:256]):
+        digest.update(weight.detach().bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """What training leaves behind: trained parameters, and buffers (where prefixes that are trained themselves end)."""
+    return trainable(module) | dict(module.named_buffers())
+
+
+def load_trained(module: nn.Module, folder: Path) -> nn.Module:
+    """Put a finished run's LoRA sets and gist embeddings (or its prefixes) in place."""
+    path = folder / "adapters.safetensors"
+    if not path.exists():
+        raise InputError(f"{folder}: this run isn't finished (no {path.name}); train.py with --resume goes on with it")
+    tensors, about = load_tensors(path)
+    assign(trained(module), tensors, path)
+    if about.get("base") != checksum(module.model):
+        raise InputError(f"{path}: was trained on another model than --model")
+    return module
+
+
+def restore(args: argparse.Namespace, folder: Path) -> HyperLlama:
+    """The model as a finished run left it."""
+    return load_trained(build(args), folder)
+
+
+def save(hyper: HyperLlama, tensors: dict[str, Tensor], args: argparse.Namespace, out: Path) -> None:
+    """What training leaves behind. tensors: those of `trained`, whole."""
+    save_tensors(out / "adapters.safetensors", tensors, {"base": checksum(hyper.model)})
 
 
 # --------------------------------------------------------------------------------- a prefix as a file
@@ -242,16 +286,14 @@ def save_gists(path: Path, gists: Gists, about: dict[str, str]) -> None:
 
 def load_gists(path: Path, about: dict[str, str], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Gists:
     """A saved prefix; InputError if it was made by another model or run than `about` says."""
-    tensors, found = load_tensors(path)
+    tensors, origin = load_tensors(path)
     for key, value in about.items():
-        if found.get(key) != value:
-            raise InputError(f"{path}: made with another {key} ({found.get(key)}, not {value})")
-    layers = range((len(tensors) - 1) // 2)
-    try:
-        past = [(tensors[f"{i}.key"].to(device, dtype), tensors[f"{i}.value"].to(device, dtype)) for i in layers]
+        if origin.get(key) != value:
+            raise InputError(f"{path}: made with another {key} ({origin.get(key)}, not {value})")
+    with reading(path, "not a saved prefix"):
+        layers = range((len(tensors) - 1) // 2)
+        past = [KV(tensors[f"{i}.key"].to(device, dtype), tensors[f"{i}.value"].to(device, dtype)) for i in layers]
         return Gists(past, tensors["offset"].to(device))
-    except KeyError as name:
-        raise InputError(f"{path}: not a saved prefix (no tensor {name})") from None
 
 
 # ---------------------------------------------------------------------------------------- the lecture
@@ -267,7 +309,7 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
             if path.endswith(f"lora.{name}.B"):  # as if trained: a new set would do nothing
                 parameter.data.normal_(0, 0.05, generator=generator)
     G, V = 3, model.config.vocab
-    hyper = HyperLlama(model, model.embed_tokens.weight[-G:], downstream="downstream")
+    hyper = HyperLlama(model, model.embed_tokens.weight[-G:], "hyper", "downstream")
     examples = [tokenizer.bos, *tokenizer.encode("\nfox\nkilo\nowl\neast"), *range(V, V + G)]
     query = [tokenizer.bos, *tokenizer.encode("\nfox\n")]
     tokens = torch.tensor([examples + query])
@@ -281,7 +323,7 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
         marks = "".join(("# " if tokens[0, s] >= V else "o ") if seen else ". " for s, seen in enumerate(see))
         kept = "   <- its keys and values survive" if tokens[0, t] >= V else ""
         print(f"{t:8}  {name(tokens[0, t].item()):>8}  {marks}{kept}")
-    print("\n# a gist, o another token, . hidden. Behind the gists, the examples can be reached only through them:")
+    print("\n# a gist, o another token, . hidden. After the gists, the examples can be reached only through them:")
     print("whatever stands there can be read later, by a second pass that has nothing else.\n")
 
     with torch.no_grad():

@@ -14,26 +14,40 @@ Shapes: B batch, T tokens, P past length, D width, V vocabulary, H heads, K KV h
 """
 
 import json
-import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-Past = Sequence[tuple[Tensor, Tensor]]  # per layer: key, value, each [B, K, P, hd]; keys are rotated
 Adapter = str | Mapping[str | None, Tensor] | None  # a set's name, or {name: gate [B, T, 1]}, or the bare model
 
 
 class InputError(Exception):
     """What the user gave us can't be used. The message is one line: what, where, what would be right."""
+
+
+@contextmanager
+def reading(path: str | Path, what: str = "is damaged") -> Iterator[None]:
+    """Whatever a parser raises on a bad file becomes an InputError that names the file and says `what` is wrong."""
+    try:
+        yield
+    except InputError:
+        raise
+    except KeyError as name:
+        raise InputError(f"{path}: {name} is missing") from None
+    except Exception as problem:  # a damaged file can make a parser raise anything
+        reason = getattr(problem, "strerror", None) or str(problem).split("\n")[0] or type(problem).__name__
+        reason = "it is not UTF-8" if isinstance(problem, UnicodeDecodeError) else reason
+        raise InputError(f"{path}: {what} ({reason})") from None
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -55,97 +69,56 @@ class Config:
 
 def read_config(folder: Path) -> Config:
     """Read Hugging Face's config.json or Meta's params.json. InputError for what we don't implement."""
-    name = "config.json" if (folder / "config.json").exists() else "params.json"
-    try:
-        raw = json.loads((folder / name).read_text())
-        return _checked(_config_from_hf(raw) if name == "config.json" else _config_from_meta(raw, folder))
-    except FileNotFoundError:
-        raise InputError(f"{folder}: not a Llama checkpoint (no config.json or params.json)") from None
-    except KeyError as missing:
-        raise InputError(f"{folder / name}: the field {missing} is missing") from None
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{folder / name}: {problem}") from None
-    except (TypeError, AttributeError, ZeroDivisionError):
-        raise InputError(f"{folder / name}: a field has the wrong type") from None
-    except InputError as problem:
-        raise InputError(f"{folder / name}: {problem}") from None
+    path = folder / "config.json" if (folder / "config.json").exists() else folder / "params.json"
+    if not path.exists():
+        raise InputError(f"{folder}: not a Llama checkpoint (no config.json or params.json)")
+    with reading(path, "a field has a wrong value"):
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        config = _config_from_hf(raw) if path.name == "config.json" else _config_from_meta(raw, folder)
+        for field, value in vars(config).items():
+            kind = (int, float) if field in ("norm_eps", "rope_theta") else int
+            if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{field} = {value!r} is not a positive number")
+        if config.heads % config.kv_heads or config.head_size % 2:
+            raise ValueError(f"{config.heads} heads of size {config.head_size} don't fit {config.kv_heads} KV heads")
+    return config
 
 
 def _config_from_hf(raw: dict) -> Config:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # newer and older name
-    unsupported = {
+    refused = {
         "model_type": raw.get("model_type") != "llama",
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "attention_bias": raw.get("attention_bias", False),
-        "mlp_bias": raw.get("mlp_bias", False),
-        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
-        "quantization_config": raw.get("quantization_config"),
-    }
-    for field in filter(unsupported.get, unsupported):
-        raise InputError(f"{field} = {raw.get(field)!r} is not implemented")
+    } | {name: raw.get(name) for name in ("attention_bias", "mlp_bias", "tie_word_embeddings", "quantization_config")}
+    for field in filter(refused.get, refused):
+        raise ValueError(f"{field} = {raw.get(field)!r} is not implemented")
     width, heads = raw["hidden_size"], raw["num_attention_heads"]
     return Config(
-        vocab=raw["vocab_size"],
-        width=width,
-        layers=raw["num_hidden_layers"],
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_size=raw.get("head_dim") or width // heads,
-        hidden=raw["intermediate_size"],
-        norm_eps=raw["rms_norm_eps"],
+        vocab=raw["vocab_size"], width=width, layers=raw["num_hidden_layers"], heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads, head_size=raw.get("head_dim") or width // heads,
+        hidden=raw["intermediate_size"], norm_eps=raw["rms_norm_eps"],
         rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
         max_positions=raw.get("max_position_embeddings", 2048),
-    )
+    )  # fmt: skip
 
 
 def _config_from_meta(raw: dict, folder: Path) -> Config:
     if raw.get("use_scaled_rope"):
-        raise InputError("use_scaled_rope is not implemented")
+        raise ValueError("use_scaled_rope is not implemented")
     width, heads, multiple = raw["dim"], raw["n_heads"], raw["multiple_of"]
     hidden = int((raw.get("ffn_dim_multiplier") or 1) * int(8 * width / 3))
     vocab = raw.get("vocab_size", -1)
     return Config(
         vocab=vocab if vocab > 0 else Tokenizer(folder).size,  # Llama-2's params.json says -1
-        width=width,
-        layers=raw["n_layers"],
-        heads=heads,
-        kv_heads=raw.get("n_kv_heads") or heads,
-        head_size=width // heads,
+        width=width, layers=raw["n_layers"], heads=heads, kv_heads=raw.get("n_kv_heads") or heads, head_size=width // heads,
         hidden=-(-hidden // multiple) * multiple,  # rounded up
-        norm_eps=raw["norm_eps"],
-        rope_theta=raw.get("rope_theta", 10000.0),
+        norm_eps=raw["norm_eps"], rope_theta=raw.get("rope_theta", 10000.0),
         max_positions=4096,  # Llama-2's; the file doesn't say
-    )
-
-
-def _checked(config: Config) -> Config:
-    for field, value in vars(config).items():
-        kind = (int, float) if field in ("norm_eps", "rope_theta") else int
-        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
-            raise InputError(f"{field} = {value!r} is not a positive number")
-    if config.heads % config.kv_heads or config.head_size % 2:
-        raise InputError(f"{config.heads} heads of size {config.head_size} don't fit {config.kv_heads} KV heads")
-    return config
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ the model
-
-
-LARGE = 1 << 20  # numbers in a matrix: more than a cache holds
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ; x [..., inputs], W [outputs, inputs].
-
-    Generation on a CPU takes a few rows through every matrix, and reading the matrix is all the work. As
-    (W xᵀ)ᵀ, four rows at a time, it is read about twice as fast.
-    """
-    rows, (outputs, inputs) = x.shape[:-1].numel(), weight.shape
-    few = 1 < rows <= 8 and outputs >= inputs and weight.numel() >= LARGE and not torch.is_grad_enabled()
-    if not few or x.is_cuda or x.dtype != torch.float32:
-        return F.linear(x, weight)
-    return torch.cat([weight @ part.T for part in x.flatten(0, -2).split(4)], dim=1).T.unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Module):
@@ -162,7 +135,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return product(x, self.weight)
+        return F.linear(x, self.weight)
 
     def forward(self, x: Tensor, adapter: Mapping[str, Tensor | None]) -> Tensor:
         y = self.matmul(x)
@@ -214,29 +187,42 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of T queries over S = P + T keys. q [B, H, T, hd]; k, v [B, K, S, hd]."""
-    T, S, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    """Attention of T queries over S = P + T keys. q [B, H, T, hd]; k, v [B, K, S, hd]; mask [B, T, S]."""
+    T, S = q.shape[2], k.shape[2]
     if mask is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=grouped)
-    if T == 1:  # one new token sees all that came before
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-    if S == T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    # is_causal=True aligns the triangle with the *first* key and would hide the past.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), enable_gqa=grouped)
+        mask = mask[:, None]  # the same for all heads
+    elif 1 < T < S:  # is_causal=True would align the triangle with the *first* key and hide the past
+        mask = causal_lower_right(T, S)
+    causal = mask is None and T > 1  # a single token sees all that came before
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-class Room:
-    """One layer's past with room for more tokens: they are written behind it, where cat would copy it all. No gradient."""
+class KV(tuple):
+    """One layer's keys and values, a pair of [B, K, P, hd]; keys are rotated.
 
-    def __init__(self, k: Tensor, v: Tensor, more: int):
-        self.length = k.shape[2]
-        self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (k, v))  # [B, K, P, hd] -> [B, K, P + more, hd]
+    With room after them, what is appended is written in place, where torch.cat would copy everything.
+    """
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length], self.v[:, :, start : self.length] = k, v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+    def __new__(cls, k: Tensor, v: Tensor, buffers: tuple[Tensor, Tensor] | None = None):
+        pair = super().__new__(cls, (k, v))
+        pair.buffers = buffers
+        return pair
+
+    def append(self, *new: Tensor) -> "KV":
+        if self.buffers is None:
+            return KV(*(torch.cat((old, x), dim=2) for old, x in zip(self, new)))
+        start, end = self[0].shape[2], self[0].shape[2] + new[0].shape[2]
+        for buffer, x in zip(self.buffers, new):
+            buffer[:, :, start:end] = x
+        return KV(*(buffer[:, :, :end] for buffer in self.buffers), self.buffers)
+
+    def with_room(self, tokens: int) -> "KV":
+        """The same, with room for so many more tokens. No gradient goes through what is appended."""
+        buffers = tuple(F.pad(x, (0, 0, 0, tokens)) for x in self)  # [B, K, P + tokens, hd]
+        return KV(*(buffer[:, :, : self[0].shape[2]] for buffer in buffers), buffers)
+
+
+Past = Sequence[tuple[Tensor, Tensor]]  # one for each layer
 
 
 class Attention(nn.Module):
@@ -251,32 +237,17 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, T, h*hd] -> [B, h, T, hd]
 
-    def keys_values(self, x, angles, past, adapter) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x, angles, past: KV | None, adapter) -> KV:
         """Keys and values of the past followed by those of x: two [B, K, P + T, hd]."""
         k = rotate(self.heads(self.k_proj(x, adapter)), angles)
         v = self.heads(self.v_proj(x, adapter))
-        if isinstance(past, Room):
-            return past.append(k, v)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        return k, v
+        return KV(k, v) if past is None else past.append(k, v)
 
-    def forward(self, x, angles, past, mask, adapter) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x, angles, past, mask, adapter) -> tuple[Tensor, KV]:
         """[B, T, H*hd], before o_proj; and the keys and values."""
         q = rotate(self.heads(self.q_proj(x, adapter)), angles)
-        k, v = self.keys_values(x, angles, past, adapter)
-        return attend(q, k, v, mask).transpose(1, 2).flatten(2), (k, v)
-
-
-def recomputed(function: Callable, *inputs):
-    """function(*inputs), of which backward keeps the inputs alone and computes the rest again. The bits are the same."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+        present = self.keys_values(x, angles, past, adapter)
+        return attend(q, *present, mask).transpose(1, 2).flatten(2), present
 
 
 class MLP(nn.Module):
@@ -287,12 +258,7 @@ class MLP(nn.Module):
         self.down_proj = linear(config.hidden, config.width)
 
     def forward(self, x: Tensor, adapter) -> Tensor:
-        return self.down_proj(recomputed(swiglu, self.gate_proj(x, adapter), self.up_proj(x, adapter)), adapter)
-
-
-def narrowed(adapter: Mapping[str, Tensor | None], at) -> dict[str, Tensor | None]:
-    """The sets that act, with their gates at some positions only."""
-    return {name: None if gate is None else gate[at] for name, gate in adapter.items()}
+        return self.down_proj(F.silu(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
 
 
 class Block(nn.Module):
@@ -303,18 +269,21 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config, linear)
 
-    def forward(self, x, angles, past, mask, adapter, at) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
-        """at: an index into [B, T], the positions that are needed behind this layer; None: none is.
+    def forward(self, x, angles, past, mask, adapter, at=...) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Hidden states [B, T, D] after this layer, and its keys and values.
 
-        Keys and values are made of every position, all that comes after them only where it is needed.
+        at: an index into [B, T], the positions where hidden states are wanted; None: nowhere. Keys and
+        values are made of every position. (The result is a flat tuple of tensors: FSDP looks for those.)
         """
         h = self.input_layernorm(x)
         if at is None:
-            return None, self.self_attn.keys_values(h, angles, past, adapter)
+            return None, *self.self_attn.keys_values(h, angles, past, adapter)
         y, present = self.self_attn(h, angles, past, mask, adapter)
-        x, y, adapter = x[at], y[at], narrowed(adapter, at)
+        if at is not ...:
+            x, y = x[at], y[at]
+            adapter = {name: None if gate is None else gate[at] for name, gate in adapter.items()}
         x = x + self.self_attn.o_proj(y, adapter)
-        return x + self.mlp(self.post_attention_layernorm(x), adapter), present
+        return x + self.mlp(self.post_attention_layernorm(x), adapter), *present
 
 
 class Llama(nn.Module):
@@ -329,70 +298,71 @@ class Llama(nn.Module):
         self.checkpoint_activations = False  # keep only what goes from layer to layer for backward: less memory, more work
 
     def forward(
-        self,
-        tokens: Tensor,
-        *,
-        past: Past | None = None,
-        offset: Tensor | None = None,
-        adapter: Adapter = None,
-        mask: Tensor | None = None,
-        select: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+        self, tokens: Tensor, *, past: Past | None = None, offset: Tensor | None = None, adapter: Adapter = None,
+        mask: Tensor | None = None, select: Tensor | None = None, added: Tensor | None = None,
+    ) -> tuple[Tensor, list[KV]]:  # fmt: skip
         """Read tokens after what came before.
 
         tokens   [B, T] ids, or [B, T, D] embeddings
-        past     keys and values that came before, [B, K, P, hd] each; needs `offset`
+        past     keys and values that came before, for each layer two [B, K, P, hd]; needs `offset`
         offset   [B] position of the first token of each row (0 when there is no past)
         adapter  name of the LoRA set that acts, or {name: gate [B, T, 1]} to let it act in places
         mask     [B, T, P + T] bool, True = may look; default: causal, and the past is seen whole
         select   [N] the positions whose logits are wanted, as indices into B·T (default: every one)
-        keep     [B, G] the positions whose keys and values are all that is wanted
+        added    [L, B, T, D], added to the hidden states before each layer (prefix-propagation)
 
         Returns logits [B, T, V], or [N, V] with `select`; and the keys and values of past and tokens
-        together: the `past` for what comes next. With `keep`: None, and the keys and values there.
-        What neither depends on is not computed.
+        together: the `past` for what comes next.
         """
+        x, positions, past, adapter = self.prepare(tokens, past, offset, adapter)
+        angles, T = rotary_angles(positions, self.config), x.shape[1]
+        wanted = ... if select is None else (select // T, select % T)  # only the last layer can leave positions out
+        present = []
+        for i, layer in enumerate(self.layers):
+            x = x if added is None else x + added[i].to(x.dtype)
+            x, *kv = self.run(layer, x, angles, past[i], mask, adapter, wanted if layer is self.layers[-1] else ...)
+            present.append(KV(*kv, past[i] and past[i].buffers))
+        return self.lm_head(self.norm(x)), present
+
+    def keys_values(self, tokens: Tensor, at: Tensor, offset: Tensor | None = None, adapter: str | None = None) -> list[KV]:
+        """Only the keys and values at the positions at [B, G]: for each layer two [B, K, G, hd].
+
+        The pass of `forward` without what these don't depend on: hidden states elsewhere after the
+        last layer but one, and everything but keys and values in the last.
+        """
+        x, positions, _, adapter = self.prepare(tokens, None, offset, adapter)
+        angles, kept, (*early, last) = rotary_angles(positions, self.config), [], self.layers
+        at = (torch.arange(len(x), device=x.device)[:, None], at)  # as an index into [B, T]
+        for layer in early:
+            x, k, v = self.run(layer, x, angles, None, None, adapter, at if layer is early[-1] else ...)
+            kept.append(KV(k.transpose(1, 2)[at].transpose(1, 2), v.transpose(1, 2)[at].transpose(1, 2)))  # [B, K, G, hd]
+        x = x if early else x[at]
+        _, k, v = self.run(last, x, rotary_angles(positions[at], self.config), None, None, adapter, None)
+        return [*kept, KV(k, v)]
+
+    def prepare(self, tokens, past, offset, adapter) -> tuple[Tensor, Tensor, list[KV | None], dict[str, Tensor | None]]:
+        """Embeddings [B, T, D]; positions [B, T]; the past of each layer; the LoRA sets that act, with their gates."""
         if past is not None and offset is None:
             raise ValueError("a past needs an offset: the position at which the new tokens go on")
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
-        B, T, last = *x.shape[:2], len(self.layers) - 1
         positions = positions_of(x) if offset is None else positions_of(x) + offset[:, None]
-        angles = rotary_angles(positions, self.config)
-        gates = {adapter: None} if isinstance(adapter, str) else adapter or {}
+        past = [None] * len(self.layers) if past is None else [kv if isinstance(kv, KV) else KV(*kv) for kv in past]
+        gates = {adapter: None} if isinstance(adapter, str) else dict(adapter or {})
         for name in gates:  # every set has the first layer's keys
             if name is not None and name not in self.layers[0].self_attn.k_proj.lora:
                 raise ValueError(f"there is no LoRA set {name!r}")
+        return x, positions, past, gates
 
-        needed = {}  # behind which layer only some positions are needed, or none; else all are
-        if select is not None:
-            needed[last] = (select // T, select % T)
-        if keep is not None:
-            at = (torch.arange(B, device=x.device)[:, None], keep)
-            needed |= {last - 1: at, last: None}
-
-        def cut(x: Tensor) -> Tensor:  # [B, K, P + T, hd] -> [B, K, G, hd]
-            return x[:, :, -T:].transpose(1, 2)[at].transpose(1, 2)
-
-        present, x = [], x[needed.get(-1, ...)]
-        for i, layer in enumerate(self.layers):
-            if i == last and keep is not None:  # from here on, x holds the kept positions alone
-                past, angles, gates = None, rotary_angles(positions[at], self.config), narrowed(gates, at)
-            inputs = (x, angles, None if past is None else past[i], mask, gates, needed.get(i, ...))
-            x, (k, v) = recomputed(layer, *inputs) if self.checkpoint_activations else layer(*inputs)
-            present.append((k, v) if keep is None or i == last else (cut(k), cut(v)))
-        return product(self.norm(x), self.lm_head.weight) if keep is None else None, present
+    def run(self, layer: Block, *inputs) -> tuple[Tensor | None, Tensor, Tensor]:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(*inputs)
 
 
 # ------------------------------------------------------------------------------------------ loading
 
 
-def load(
-    folder: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    linear: type[Linear] = Linear,
-) -> Llama:
+def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, linear: type = Linear) -> Llama:
     """Load a Hugging Face or Meta checkpoint, frozen. `linear=NF4Linear` (lora.py) quantizes it.
 
     Tensors stream: the model starts on the meta device, and one tensor at a time is read, converted
@@ -404,9 +374,9 @@ def load(
     with torch.device("meta"):
         model = Llama(config, linear)
     missing = {name: p.shape for name, p in model.named_parameters()}
-    read = _read_hf if (folder / "config.json").exists() else _read_meta
-    try:
-        for name, tensor in tqdm(read(folder, config), total=len(missing), desc="loading", leave=False, delay=1):
+    read = _read_hf(folder) if (folder / "config.json").exists() else _read_meta(folder, config, dict(missing))
+    with reading(folder, "unreadable weights"):
+        for name, tensor in tqdm(read, total=len(missing), desc="loading", leave=False, delay=1):
             if name not in missing:
                 raise InputError(f"{folder}: unexpected or repeated tensor {name}")
             if tensor.shape != missing.pop(name):
@@ -419,71 +389,58 @@ def load(
                 module.place(tensor, device, dtype)
             else:
                 setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as problem:
-        raise InputError(f"{folder}: unreadable weights ({str(problem).splitlines()[0]})") from None
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
     return model
 
 
-def _read_hf(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
+def _read_hf(folder: Path) -> Iterator[tuple[str, Tensor]]:
     index = folder / "model.safetensors.index.json"
+    names = sorted(path.name for path in folder.glob("model*.safetensors"))
     if index.exists():
-        try:
+        with reading(index, "not a weight index"):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{index}: not a weight index") from None
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise InputError(f"{index}: names a file outside its folder")
-    else:
-        names = sorted(path.name for path in folder.glob("model*.safetensors"))
+            if any(Path(name).name != name for name in names):
+                raise InputError(f"{index}: names a file outside its folder")
     if not names:
         raise InputError(f"{folder}: no model*.safetensors files")
     for name in names:
-        with safe_open(folder / name, framework="pt") as file:
-            keys = [key for key in file.keys() if not key.endswith("rotary_emb.inv_freq")]  # old exports store this constant
+        with safe_open(folder / name, framework="pt") as file:  # (old exports store a constant, inv_freq)
+            keys = [key for key in file.keys() if not key.endswith("rotary_emb.inv_freq")]
         for key in keys:
             with safe_open(folder / name, framework="pt") as file:  # a new map each time: what was read leaves memory
                 yield key.removeprefix("model."), file.get_tensor(key)
 
 
 _META_NAMES = {  # Meta's name -> Hugging Face's
-    "tok_embeddings": "embed_tokens",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+    "tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
+}  # fmt: skip
 
 
-def _read_meta(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
-    paths = sorted(folder.glob("consolidated.*.pth"))
+def _read_meta(folder: Path, config: Config, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    paths, shards = sorted(folder.glob("consolidated.*.pth")), []
     if not paths:
         raise InputError(f"{folder}: no consolidated.*.pth files")
-    shards = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
-    for path, shard in zip(paths, shards):
-        if not isinstance(shard, dict) or not all(isinstance(t, Tensor) for t in shard.values()):
-            raise InputError(f"{path}: holds something other than named tensors")
-        if shard.keys() != shards[0].keys():
-            raise InputError(f"{path}: its tensors differ from those of {paths[0].name}")
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
+    for path in paths:
+        with reading(path, "not a checkpoint of tensors"):  # weights_only refuses a pickle that would run code
+            shards.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+            if not all(isinstance(tensor, Tensor) for tensor in shards[-1].values()):
+                raise InputError(f"{path}: holds something other than named tensors")
+            if shards[-1].keys() != shards[0].keys():
+                raise InputError(f"{path}: its tensors differ from those of {paths[0].name}")
     for key in [key for key in shards[0] if key != "rope.freqs"]:
         name = key
         for theirs, ours in _META_NAMES.items():
             name = name.replace(theirs + ".", ours + ".")
         parts = [shard[key] for shard in shards]
         # A tensor was split along the one axis on which its shards are smaller than the whole.
-        whole = shapes.get(name, parts[0].shape)
-        axis = next((a for a, (part, full) in enumerate(zip(parts[0].shape, whole)) if part != full), None)
+        shape = shapes.get(name, parts[0].shape)
+        axis = next((a for a, (part, full) in enumerate(zip(parts[0].shape, shape)) if part != full), None)
         tensor = parts[0] if axis is None else torch.cat(parts, axis)
-        if name.endswith(("q_proj.weight", "k_proj.weight")) and tensor.shape == whole:
+        if name.endswith(("q_proj.weight", "k_proj.weight")) and tensor.shape == shape:
             # Meta rotates neighbours (2i, 2i+1), Hugging Face halves (i, i + hd/2): re-pair the rows
             # of each head. k has kv_heads heads, which the head size takes care of.
             heads = tensor.unflatten(0, (-1, config.head_size // 2, 2))  # [h, hd/2, 2, D]
@@ -503,20 +460,17 @@ class Tokenizer:
         path = next((p for p in (folder, folder.absolute().parent) if (p / "tokenizer.model").is_file()), None)
         if path is None:
             raise InputError(f"{folder}: no tokenizer.model (a SentencePiece tokenizer is needed)")
-        try:
-            self.path = path / "tokenizer.model"
+        self.path = path / "tokenizer.model"
+        with reading(self.path, "not a SentencePiece model"):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             self._newline = self.model.encode("\n")
             keeps_newlines = self.model.decode(self._newline) == "\n"
             keeps_newlines &= self.model.encode("\na")[: len(self._newline)] == self._newline
-        except (OSError, RuntimeError, ValueError) as problem:
-            reason = str(problem).splitlines()[0]
-            raise InputError(f"{path / 'tokenizer.model'}: not a SentencePiece model ({reason})") from None
         self.size, self.bos, self.eos = len(self.model), self.model.bos_id(), self.model.eos_id()
         if not keeps_newlines:
-            raise InputError(f"{path / 'tokenizer.model'}: loses newlines, so it is not a Llama tokenizer")
+            raise InputError(f"{self.path}: loses newlines, so it is not a Llama tokenizer")
         if min(self.bos, self.eos) < 0:
-            raise InputError(f"{path / 'tokenizer.model'}: has no BOS or no EOS")
+            raise InputError(f"{self.path}: has no BOS or no EOS")
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without BOS and EOS and without the space that SentencePiece puts before a text.
@@ -525,11 +479,6 @@ class Tokenizer:
         wherever b begins with a newline or a ends with one: no token depends on what follows.
         """
         return self.model.encode("\n" + text)[len(self._newline) :]
-
-    def words(self) -> list[str]:
-        """The pieces that are whole English words: "▁" and three or more letters."""
-        pieces = (self.model.id_to_piece(i)[1:] for i in range(self.size) if self.model.id_to_piece(i)[0] == "▁")
-        return [piece for piece in pieces if len(piece) > 2 and piece.isascii() and piece.isalpha()]
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(self._newline + ids)[1:]
@@ -547,31 +496,32 @@ def real(lengths: Tensor, width: int) -> Tensor:
 
 
 def holes_mask(seen: Tensor, T: int) -> Tensor:
-    """The mask for T new tokens behind a past of which only a part may be seen. seen [B, P] bool -> [B, T, P + T]"""
-    B, P = seen.shape
+    """The mask for T new tokens after a past of which only a part may be seen. seen [B, P] bool -> [B, T, P + T]"""
     causal = torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
-    return torch.cat((seen[:, None].expand(B, T, P), causal.expand(B, T, T)), dim=2)
+    return torch.cat((seen[:, None].expand(-1, T, -1), causal.expand(len(seen), T, T)), dim=2)
 
 
-def seen_after(seen: Tensor | None, present: Past, lengths: Tensor, T: int) -> Tensor:
-    """Which of a past and of the T right-padded tokens read behind it is real: [B, P + T] bool."""
-    B, P = len(lengths), present[0][0].shape[2] - T
-    before = torch.ones(B, P, dtype=torch.bool, device=lengths.device) if seen is None else seen
-    return torch.cat((before, real(lengths, T)), dim=1)
+def read_prompts(
+    model: Llama, prompts: Sequence[Sequence[int]], past: Past | None, offset: Tensor | None, seen: Tensor | None, adapter: Adapter
+) -> tuple[Tensor, list[KV], Tensor, Tensor]:
+    """Read N prompts of unequal length, right-padded. Returns the logits after each, [N, V]; keys and values of past
+    and prompts; which of these are real, [N, P + T], since padding follows a short prompt; the next position [N]."""
+    device = model.embed_tokens.weight.device
+    lengths, tokens = torch.tensor([len(prompt) for prompt in prompts], device=device), ragged(prompts, device=device)
+    N, T = tokens.shape
+    offset = torch.zeros_like(lengths) if offset is None and past is None else offset
+    mask = None if seen is None else holes_mask(seen, T)
+    last = torch.arange(N, device=device) * T + lengths - 1  # each row's last real token
+    logits, present = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=last)
+    seen = torch.ones(N, present[0][0].shape[2] - T, dtype=torch.bool, device=device) if seen is None else seen
+    return logits, present, torch.cat((seen, real(lengths, T)), dim=1), offset + lengths
 
 
 @torch.no_grad()
 def generate(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    eos: int,
-    past: Past | None = None,
-    offset: Tensor | None = None,
-    seen: Tensor | None = None,
-    adapter: Adapter = None,
-    until: Sequence[int] = (),
-) -> list[list[int]]:
+    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int, past: Past | None = None,
+    offset: Tensor | None = None, seen: Tensor | None = None, adapter: Adapter = None, until: Sequence[int] = (),
+) -> list[list[int]]:  # fmt: skip
     """Greedy continuation of prompts of unequal length, each as if it were alone.
 
     A row ends with EOS or with the tokens of `until`; neither is returned.
@@ -579,33 +529,21 @@ def generate(
     past [B, K, P, hd] per layer and offset [B] as in `Llama.forward`; seen [B, P] bool: which of the
     past is real, where that differs from row to row.
     """
-    device = model.embed_tokens.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B]
-    tokens = ragged(prompts, device=device)  # [B, T]
-    B, T = tokens.shape
-    offset = torch.zeros_like(lengths) if offset is None and past is None else offset
-    mask = None if seen is None else holes_mask(seen, T)
-    last = torch.arange(B, device=device) * T + lengths - 1  # each row's last real token
-    logits, present = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=last)
+    until = list(until)
+    logits, present, seen, position = read_prompts(model, prompts, past, offset, seen, adapter)
+    present = [kv.with_room(max_new_tokens) for kv in present]
 
-    # Behind a short prompt stands padding, in `present` too. That it stays unseen takes an explicit mask.
-    seen = seen_after(seen, present, lengths, T)
-    room = [Room(*layer, max_new_tokens) for layer in present]
-    position, rows = offset + lengths, [[] for _ in range(B)]
-    running = [max_new_tokens > 0] * B
-    while any(running):
+    def ending(row: list[int]) -> int:  # how many tokens of its end belong to the answer no more
+        return row[-1:] == [eos] or len(until) * (row[-len(until) :] == until)
+
+    rows: list[list[int]] = [[] for _ in prompts]
+    for n in range(max_new_tokens):
         token = logits.argmax(-1)  # [B]
-        for b, t in enumerate(token.tolist()):
-            if running[b]:
-                rows[b].append(t)
-                ended = t == eos or until and rows[b][-len(until) :] == list(until)
-                if ended:
-                    del rows[b][-(1 if t == eos else len(until)) :]
-                running[b] = not ended and len(rows[b]) < max_new_tokens
-        if not any(running):
+        for row, t in zip(rows, token.tolist()):
+            if not ending(row):
+                row.append(t)
+        if n + 1 == max_new_tokens or all(map(ending, rows)):
             break
-        logits, _ = model(token[:, None], past=room, offset=position, mask=holes_mask(seen, 1), adapter=adapter)
-        logits = logits[:, 0]
-        seen = torch.cat((seen, seen.new_ones(B, 1)), dim=1)
-        position = position + 1
-    return rows
+        logits, present = model(token[:, None], past=present, offset=position + n, mask=holes_mask(seen, 1), adapter=adapter)
+        logits, seen = logits[:, 0], torch.cat((seen, torch.ones_like(seen[:, :1])), dim=1)
+    return [row[: len(row) - ending(row)] for row in rows]

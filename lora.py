@@ -11,6 +11,7 @@ position whenever a layer runs again later, as under activation checkpointing; a
 into W would take the base away from the other role.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llama import InputError, Linear, Llama
+from llama import InputError, Linear, Llama, reading
 
 
 class LoRA(nn.Module):
@@ -51,7 +52,7 @@ def add_lora(
     """Put a set called `name` on all seven matrices of every layer; A is drawn from `generator`.
 
     keys_values_only: the set will only ever make keys and values, so the last layer gets it on k and
-    v alone; what stands behind them would never see a gradient.
+    v alone; what comes after them would never see a gradient.
     """
     last = f"layers.{model.config.layers - 1}."
     for path, linear in linears(model).items():
@@ -115,13 +116,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         raise InputError(f"{path}: can't be written ({problem})") from None
 
 
+def write_json(path: Path, value: dict) -> None:
+    """Atomic, like save_tensors."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as problem:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: can't be written ({problem.strerror})") from None
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a .safetensors file, and what it says about itself."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as problem:
-        raise InputError(f"{path}: can't be read ({problem})") from None
+    with reading(path, "can't be read"), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def assign(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:

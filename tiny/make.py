@@ -1,6 +1,6 @@
 """Makes the miniature: data of four kinds, a tokenizer, a tiny Llama-2, and the same after compression hyperpretraining.
 
-    python tiny/make.py            all of it, from a seed, in place of what lies beside this file
+    python -m tiny.make            all of it, from a seed, in place of what lies beside this file
 
 Needs torch 2.9 or later (for the Muon optimizer); on one CPU core it takes about an hour.
 
@@ -29,17 +29,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import Batch, Example, collate
+from gist import HyperLlama
+from llama import Config, Llama, Tokenizer, load, ragged
+from lora import save_tensors
+from tasks.rows import masked_crc32c
+from tasks.sni import LAYOUT as SNI_LAYOUT
+from tasks.symbol import LAYOUTS as SYMBOL_LAYOUTS
+from tasks.symbol import draw_symbols, whole_words
+from tasks.text import save_checkpoint
+from tiny import world
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-
-import world  # noqa: E402
-
-from data import SNI_LAYOUT, SYMBOL_LAYOUTS, Batch, Example, collate, draw_symbols, masked_crc32c  # noqa: E402
-from gist import HyperLlama  # noqa: E402
-from llama import Config, Llama, Tokenizer, load, ragged  # noqa: E402
-from lora import save_tensors  # noqa: E402
-from train import save_checkpoint  # noqa: E402
-
 GISTS = 16
 
 # ------------------------------------------------------------------------------------------ documents
@@ -127,7 +128,7 @@ def encoded_rows(rng: random.Random, tokenizer: Tokenizer, kind: int) -> Iterato
     if kind == DEFINITION:
         return definitions(rng, tokenizer)
     if kind == TOPIC:
-        return topics(rng, tokenizer, tokenizer.words())
+        return topics(rng, tokenizer, whole_words(tokenizer))
     return lookup(rng, tokenizer, kind)
 
 

@@ -1,10 +1,10 @@
 """How fast and how small. Each row is a ratio, measured side by side in one run.
 
-    python bench.py                  the table, some minutes
-    python bench.py step generate    only some rows of it
-    python bench.py growth           how cost grows, drawn as figures/growth.png
-    python bench.py load             a checkpoint of Llama-2-7B's shape becomes NF4 (makes 13 GB in --scratch)
-    python bench.py data             training starts on 300 prompts of 30,000 rows (makes 3 GB there)
+    python -m tools.bench                  the table, some minutes
+    python -m tools.bench step generate    only some rows of it
+    python -m tools.bench growth           how cost grows, drawn as figures/growth.png
+    python -m tools.bench load             a checkpoint of Llama-2-7B's shape becomes NF4 (makes 13 GB in --scratch)
+    python -m tools.bench data             training starts on 300 prompts of 30,000 rows (makes 3 GB there)
 
 On a CPU the model is of middle size (width 1024, 8 layers); where there is a GPU it has the shape of
 Llama-2-7B, in NF4. All ways of a row do the same work on the same random weights, and that is
@@ -32,11 +32,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import collate
-from eval import LLAMA_2_7B, Parser, flops, positive, print_lines, run_command, score_options, write_json
-from gist import Gists, HyperLlama, gist_mask
+from eval import print_lines, run_command, score_options
+from gist import HyperLlama, gist_mask, read_rows
 from llama import Config, InputError, Linear, Llama, generate, load, positions_of
-from lora import NF4Linear, add_lora, save_tensors
-from train import hf_name, write_config
+from lora import NF4Linear, add_lora, save_tensors, write_json
+from tasks import Parser, positive
+from tasks.text import hf_name, write_config
+from tools.cost import LLAMA_2_7B, flops
 
 MIDDLE = Config(32000, 1024, 8, 16, 16, 64, 2752, 1e-5, 10000.0, 4096)
 G, RANK, ALPHA = 16, 8, 16
@@ -103,7 +105,7 @@ def their_model(scratch: Path):
 
 
 def a_batch(vocab: int, context: int = 1024, gists: int = G, queries: int = 4, length: int = 96):
-    """One row of examples and gists, and queries behind it whose last five tokens are to be predicted."""
+    """One row of examples and gists, and queries after it whose last five tokens are to be predicted."""
     rng = random.Random(0)
 
     def words(count: int) -> list[int]:
@@ -242,7 +244,7 @@ def against(what: str, ours: float, other: float, unit: str, digits: int = 2) ->
 
 
 def step(scratch: Path, repeats: int) -> list[Line]:
-    """1. A training step: 1024 tokens of examples and gists, four queries behind them."""
+    """1. A training step: 1024 tokens of examples and gists, four queries after them."""
     batch = a_batch(shape_and_folder(scratch)[0].vocab)
     ways = {"ours": partial(our_step, scratch, batch)}
     if not peers(scratch):
@@ -250,7 +252,7 @@ def step(scratch: Path, repeats: int) -> list[Line]:
     ways |= {"best": partial(their_best_step, scratch, batch), "usual": partial(their_usual_step, scratch, batch)}
     losses = [function() for function in ways.values()]
     if max(losses) - min(losses) > 1e-3 * losses[0] * (30 if CUDA else 1):
-        raise InputError(f"bench.py: the ways don't do the same work: losses {losses}")
+        raise InputError(f"bench: the ways don't do the same work: losses {losses}")
     # In pairs, so that the joint pass, which takes seven times the memory, doesn't stand between the other two.
     best = side_by_side(repeats, ours=ways["ours"], best=ways["best"])
     usual = side_by_side(max(1, repeats // 3), ours=ways["ours"], usual=ways["usual"])
@@ -295,10 +297,7 @@ def rank(scratch: Path, repeats: int) -> list[Line]:
         return score_options(model, prompts, options, hyper.compress(batch.examples)[torch.zeros(n, dtype=torch.long, device=DEVICE)])
 
     def kept():
-        tokens = torch.tensor([shots], device=DEVICE)
-        _, past = model(tokens, keep=positions_of(tokens))
-        past = Gists(past, torch.tensor([len(shots)], device=DEVICE))
-        return score_options(model, prompts, options, past[torch.zeros(n, dtype=torch.long, device=DEVICE)])
+        return score_options(model, prompts, options, read_rows(model, [shots])[torch.zeros(n, dtype=torch.long, device=DEVICE)])
 
     def rows():
         return [[score_options(model, [shots + prompt], [[option]])[0][0] for option in some] for prompt, some in zip(prompts, options)]
@@ -319,7 +318,7 @@ def rank(scratch: Path, repeats: int) -> list[Line]:
 
 @torch.no_grad()
 def generation(scratch: Path, repeats: int) -> list[Line]:
-    """4. 128 tokens for a batch of eight behind gists."""
+    """4. 128 tokens for a batch of eight after gists."""
     hyper, vocab = our_model(scratch, DTYPE), shape_and_folder(scratch)[0].vocab
     batch, rng, n = a_batch(vocab), random.Random(2), 8
     gists = hyper.compress(batch.examples)[torch.zeros(n, dtype=torch.long, device=DEVICE)]
@@ -347,7 +346,7 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
 
     agree = statistics.fmean(a == b for ours_row, their_row in zip(ours(), theirs()) for a, b in zip(ours_row, their_row))
     if agree < 0.9 and not CUDA:  # rounding may send a row another way; in bf16, many
-        raise InputError(f"bench.py: only {agree:.0%} of the generated tokens are the same")
+        raise InputError(f"bench: only {agree:.0%} of the generated tokens are the same")
     found = side_by_side(repeats, ours=ours, theirs=theirs)
     peft.train()
     return [against("generating 8 × 128 tokens / transformers.generate", found["ours"], found["theirs"], "s")]
@@ -417,7 +416,7 @@ def growth(scratch: Path) -> None:
             found[name].append((took, most))
             lines.append([name, str(value), f"{took:.2f}", f"{most:,.0f}", f"{took / given[2]:.2f}"])
     print_lines(lines, total=False)
-    draw_growth(found, Path(__file__).parent / "figures" / "growth.png")
+    draw_growth(found, Path(__file__).parents[1] / "figures" / "growth.png")
 
 
 def draw_growth(found: dict[str, list[tuple[float, float]]], path: Path) -> None:
@@ -489,7 +488,7 @@ def load_7b(scratch: Path) -> None:
 
 
 def make_p3(folder: Path, tasks: int = 300, rows: int = 30_000) -> Path:
-    """Random text as P3: jsonl, with the miniature's held-out tasks behind it."""
+    """Random text as P3: jsonl, with the miniature's held-out tasks after it."""
     if (folder / "splits").exists():
         return folder
     rng, words = random.Random(0), [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "en", "ir", "ost", "ule")]
@@ -501,7 +500,7 @@ def make_p3(folder: Path, tasks: int = 300, rows: int = 30_000) -> Path:
             for i in range(rows):
                 fields = {"inputs_pretokenized": " ".join(text[i : i + 60]), "targets_pretokenized": text[i], "answer_choices": ["yes", "no"]}
                 file.write(json.dumps(fields) + "\n")
-    tiny = Path(__file__).resolve().parent / "tiny" / "P3"
+    tiny = Path(__file__).resolve().parents[1] / "tiny" / "P3"
     held_out = (tiny / "splits" / "test_tasks.txt").read_text().split()[:1]
     (folder / held_out[0]).symlink_to(tiny / held_out[0])
     (folder / "splits").mkdir()
@@ -515,13 +514,13 @@ def data(scratch: Path) -> None:
     size = sum(path.stat().st_size for path in folder.glob("task_*/*")) / 1e9
     options = ["--task", "p3", "--data", folder, "--steps", "1", "--limit", "4", "--sets", "1", "--no-controls", "--out", out, "--overwrite"]
     began = time.time()
-    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("train.py")), *map(str, options)])
+    process = subprocess.Popen([sys.executable, str(Path(__file__).parents[1] / "train.py"), *map(str, options)])
     log = out / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_mtime > began):
         time.sleep(0.05)
     took = time.time() - began
     if process.wait():
-        raise InputError("bench.py: the training run failed")
+        raise InputError("bench: the training run failed")
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     print(f"P3 of 300 prompts × 30,000 rows, {size:.1f} GB: the first step was done after {took:.1f} s, {most:.2f} GB resident at most")
 
@@ -529,7 +528,7 @@ def data(scratch: Path) -> None:
 def main() -> None:
     parser = Parser(__doc__)
     rows = [*TABLE, "growth", "load", "data"]
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(rows)} (default: {', '.join(TABLE)})")
+    parser.add_argument("rows", nargs="*", metavar="ROW", default=[], help=f"{', '.join(rows)} (default: {', '.join(TABLE)})")
     parser.add_argument("--repeats", type=positive, default=7, help="timings of each way, of which the median counts")
     parser.add_argument("--scratch", type=Path, default=Path("runs/bench"), metavar="DIR", help="where weights and data are made")
     args = parser.parse_args()

@@ -1,0 +1,212 @@
+"""Rows of a file, read one by one: .jsonl, TFRecord, parquet. Real P3 doesn't fit in memory.
+
+All raise InputError, one line with the file and the row, where a file isn't what it should be.
+"""
+
+import json
+import mmap
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llama import InputError, reading
+
+
+class JsonLines(Sequence):
+    """A .jsonl file, by line number. Only the places where lines begin are kept in memory."""
+
+    def __init__(self, path: Path):
+        data, newlines = map_file(path), [np.zeros(1, dtype=np.int64)]
+        for start in range(0, len(data), 1 << 24):
+            block = np.frombuffer(data[start : start + (1 << 24)], dtype=np.uint8)
+            newlines.append(np.flatnonzero(block == ord("\n")) + start + 1)
+        if len(data) and data[len(data) - 1 :] != b"\n":  # the last line has no end of its own
+            newlines.append(np.array([len(data)]))
+        self.path, self.bounds = path, np.concatenate(newlines)  # of n lines: n + 1
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, i: int) -> dict:
+        return parse_line(read_bytes(self.path, self.bounds[i], self.bounds[i + 1]), f"{self.path}: line {i + 1}")
+
+
+def parse_line(line: bytes, where: str) -> dict:
+    """A JSON object with fields."""
+    with reading(where, "not JSON"):
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError("not an object with fields")
+        return row
+
+
+class TFRecords(Sequence):
+    """A .tfrecord file of tf.train.Example messages, read without TensorFlow.
+
+    Framing of a record: length (8 bytes, little endian), checksum of the length (4), data, checksum
+    of the data (4).
+    """
+
+    def __init__(self, path: Path):
+        data, bounds = map_file(path), [0]
+        while (at := bounds[-1]) + 12 <= len(data):
+            bounds.append(at + 16 + struct.unpack_from("<Q", data, at)[0])
+        if bounds[-1] != len(data):
+            raise InputError(f"{path}: record {max(1, len(bounds) - 1)} is cut off or its length is corrupt")
+        self.path, self.bounds = path, np.array(bounds)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, i: int) -> dict:
+        record = read_bytes(self.path, self.bounds[i], self.bounds[i + 1])
+        data = record[12:-4]
+        for content, checksum in ((record[:8], record[8:12]), (data, record[-4:])):
+            if masked_crc32c(content) != int.from_bytes(checksum, "little"):
+                raise InputError(f"{self.path}: record {i + 1} fails its checksum")
+        with reading(f"{self.path}: record {i + 1}", "not a tf.train.Example"):
+            return parse_example(data)
+
+
+class Parquet(Sequence):
+    """A .parquet file, by row; one row group at a time is in memory. Needs pyarrow."""
+
+    def __init__(self, path: Path):
+        try:
+            from pyarrow.parquet import ParquetFile
+        except ImportError:
+            raise InputError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+        self.path = path
+        with reading(path, "not a parquet file"):
+            self.file = ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        groups = range(self.file.num_row_groups)
+        self.ends = np.cumsum([self.file.metadata.row_group(g).num_rows for g in groups])
+        self.group, self.rows = -1, []
+
+    def __len__(self) -> int:
+        return self.file.metadata.num_rows
+
+    def __getitem__(self, i: int) -> dict:
+        group = int(np.searchsorted(self.ends, i, side="right"))
+        if group != self.group:
+            with reading(f"{self.path}: row group {group + 1}", "can't be read"):
+                self.group, self.rows = group, self.file.read_row_group(group).to_pylist()
+        return self.rows[i - int(self.ends[group])]  # counted from the group's end: negative
+
+
+READERS = {".jsonl": JsonLines, ".tfrecord": TFRecords, ".parquet": Parquet}
+
+
+def file_kind(path: Path) -> str | None:
+    return next((kind for kind in READERS if kind in path.name), None)
+
+
+def map_file(path: Path) -> mmap.mmap | bytes:
+    """A file's bytes, without reading them. To be dropped soon: a map holds a file open, and data has thousands."""
+    with reading(path, "can't be read"), open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+def read_bytes(path: Path, start: int, end: int) -> bytes:
+    with reading(path, "can't be read"), open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
+# ------------------------------------------------------------------------- TFRecord without TensorFlow
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)  # Castagnoli's polynomial, reversed
+        table.append(value)
+    return table
+
+
+_CRC_TABLE = _crc_table()
+
+
+def masked_crc32c(data: bytes) -> int:
+    """CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """The length-delimited fields of a protocol-buffer message: (field number, content)."""
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at, value, shift = at + 1, value | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                return value
+
+    at = 0
+    while at < len(message):
+        key = varint()
+        if key & 7 != 2:
+            raise ValueError("a field that tf.train.Example doesn't have")
+        length = varint()
+        if at + length > len(message):
+            raise ValueError("a field that ends after its message")
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+def parse_example(message: bytes) -> dict[str, list[bytes]]:
+    """The byte features of a tf.train.Example: name -> values. (P3's numbers are T5 ids: ignored.)"""
+    row = {}
+    for _, features in _fields(message):
+        for _, entry in _fields(features):
+            parts = dict(_fields(entry))  # 1: name, 2: feature
+            for kind, values in _fields(parts.get(2, b"")):
+                if kind == 1:  # a list of bytes
+                    row[parts[1].decode()] = [value for _, value in _fields(values)]
+    return row
+
+
+# ------------------------------------------------------------------------------ folders and their texts
+
+
+def existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such data folder")
+    return Path(folder)
+
+
+def as_text(value: object, where: str) -> str:
+    """A field as text; InputError that says where it stands, if it isn't."""
+    with reading(where, "not text"):
+        value = value.decode() if isinstance(value, bytes) else value
+    if not isinstance(value, str):
+        raise InputError(f"{where} is missing or not text")
+    return value
+
+
+def read_lists(folder: Path) -> dict[str, list[str]] | None:
+    """The names in {train,test}_tasks.txt, as {"train": […], "test": […]}; None without these files."""
+    paths = {part: folder / f"{part}_tasks.txt" for part in ("train", "test")}
+    if not any(path.exists() for path in paths.values()):
+        return None
+    names = {}
+    for part, path in paths.items():
+        if not path.exists():
+            raise InputError(f"{path}: is missing; beside the other list it is needed, too")
+        with reading(path, "not a list of tasks"):
+            names[part] = path.read_text(encoding="utf-8").split()
+        for name in names[part]:
+            if Path(name).name != name:
+                raise InputError(f"{path}: the task {name} is not in its folder")
+    for name in sorted(set(names["train"]) & set(names["test"])):
+        raise InputError(f"{folder}: the task {name} is in both lists")
+    return names

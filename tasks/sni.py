@@ -1,0 +1,120 @@
+"""Super-NaturalInstructions (Wang et al. 2022): a definition, two examples, a free answer.
+
+The prompt is Tk-Instruct's. ROUGE-L of the generated answer against the best reference, mean over
+all instances (paper, Section 4.2). The paper's I: the definition also in the query.
+"""
+
+import argparse
+import json
+import random
+import string
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import Episode, EpisodeBatches, Example, Formatter, Layout
+from gist import HyperLlama, build, restore, save  # noqa: F401  called as tasks.sni.build, …
+from llama import InputError, reading
+from tasks.rows import as_text, existing, read_lists
+
+FOLDER, MODEL = "natural-instructions", "llama-c"  # the miniature's data and checkpoint
+METRIC = "rougeL"
+DEFAULTS = {
+    "large": {"shots": 2, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
+    "tiny": {"shots": 2, "steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 1},
+}
+
+
+def check(args: argparse.Namespace) -> None:
+    """InputError for options that don't go together."""
+    if (args.instruction_downstream or args.fuse_instruction) and args.method != "hyper":
+        raise InputError("--instruction-downstream and --fuse-instruction belong to --method hyper")
+
+
+def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> EpisodeBatches:
+    tasks, instruct, fuse = load(args, formatter, "train"), args.instruction_downstream, args.fuse_instruction
+    return EpisodeBatches(tasks, formatter, args.method, hyper.gist_ids, args.shots, instruct, fuse)
+
+
+def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list["SNITask"]:
+    return sni_tasks(args.data, split)
+
+
+LAYOUT = Layout(  # Tk-Instruct's prompt
+    " Positive Example {n} -\nInput: {input}\n Output: {target}\n\n",
+    "Now complete the following example -\nInput:",
+    "\nOutput:",
+    " ",
+    "Definition: {}\n\n",
+    "\n\n",
+)
+INSTANCES = 100  # of a task, in training and in evaluation: the protocol of Tk-Instruct
+
+
+@dataclass(frozen=True)
+class SNITask:
+    """A definition, positive examples, and instances with one or several right answers each."""
+
+    name: str
+    group: str  # the task's category
+    definition: str
+    examples: list[Example]
+    instances: list[Example]
+    weight: int = 1
+
+    def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
+        if len(self.instances) < queries:
+            raise InputError(f"{self.name}: has only {len(self.instances)} instances; {queries} are needed")
+        picked = [replace(e, target=rng.choice(e.references)) for e in rng.sample(self.instances, queries)]
+        return Episode(picked, self.examples[:shots], LAYOUT, self.definition)
+
+    def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
+        return [Episode(self.instances[:limit], self.examples[:shots], LAYOUT, self.definition)]
+
+
+def full_stop(text: str) -> str:
+    return text if not text or text[-1] in string.punctuation else text + "."
+
+
+def read_sni_task(path: Path) -> SNITask:
+    """A task file. Older ones have plain text where newer ones have lists."""
+
+    def texts(value: object, what: str) -> list[str]:
+        values = [as_text(v, f"{path}: {what}").strip() for v in (value if isinstance(value, list) else [value])]
+        if not values:
+            raise InputError(f"{path}: {what} is empty")
+        return values
+
+    with reading(path, "not a task file of Super-NaturalInstructions"):
+        raw = json.loads(path.read_bytes())
+        definition = full_stop(texts(raw["Definition"], "Definition")[0])
+        examples = [
+            Example(*(full_stop(texts(e[field], f"Positive Examples: {field}")[0]) for field in ("input", "output")))
+            for e in raw["Positive Examples"]
+        ]
+        instances = []
+        for i, row in enumerate(raw["Instances"][:INSTANCES]):
+            (text,) = texts(row["input"], f"instance {i + 1}: input")
+            answers = texts(row["output"], f"instance {i + 1}: output")
+            instances.append(Example(full_stop(text), answers[0], references=tuple(answers)))
+        group = texts(raw.get("Categories") or "no category", "Categories")[0]
+    if not instances:
+        raise InputError(f"{path}: has no instances")
+    return SNITask(path.stem, group, definition, examples, instances)
+
+
+def sni_tasks(folder: str | Path, split: str) -> list[SNITask]:
+    """The tasks of splits/default/{train,test}_tasks.txt whose files are there; the others are counted."""
+    folder = existing(folder)
+    lists = read_lists(folder / "splits" / "default")
+    if lists is None:
+        raise InputError(f"{folder}: no splits/default/{split}_tasks.txt, so not Super-NaturalInstructions")
+    paths = [folder / "tasks" / f"{name}.json" for name in lists[split]]
+    present = [path for path in paths if path.exists()]
+    if not present:
+        raise InputError(f"{folder / 'tasks'}: none of the {len(paths)} tasks of {split}_tasks.txt is here")
+    if len(present) < len(paths):
+        print(f"{folder}: {len(paths) - len(present)} of {len(paths)} {split} tasks have no file and are left out", file=sys.stderr)
+    return [read_sni_task(path) for path in tqdm(present, desc=f"reading {split} tasks", leave=False, delay=1)]

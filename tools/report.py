@@ -1,0 +1,133 @@
+"""Tables and pictures of finished runs.
+
+    python -m tools.report table DIR…              a line for each folder of runs: mean ± deviation over its runs
+    python -m tools.report plot RUN… --out FILE    curves over steps; --by gists, --by shots: results by an option
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from eval import TITLES, run_command, spread
+from llama import InputError, reading
+from tasks import TASKS, Parser, read_args
+
+TEXT_TITLES = {"zeroshot": "without", "fewshot": "A D in full", "other_task": "other text's gists"}
+
+
+def read_log(path: Path) -> list[dict]:
+    with reading(path, "not the log of a run"):
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def compare(rows: list[Path]) -> str:
+    """A table in Markdown of the runs in some folders: a line per folder, mean ± standard deviation over its runs."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        values = table.setdefault(row.name.replace("_", " "), {})
+        paths = sorted(row.glob("*/results.json"))
+        if not paths:
+            raise InputError(f"{row}: holds no runs with results.json")
+        for path in paths:
+            with reading(path, "not the results of a run"):
+                results = json.loads(path.read_text())
+                training = [line["seconds"] for line in read_log(path.with_name("log.jsonl"))]
+                columns = {"result": results["average"]} | results["baselines"] | results["controls"]
+                columns |= {"share kept, %": results["kept"]} if "kept" in results else {}
+                metric, args = results["metric"], results["args"]
+                if args["task"] == "prefix":
+                    columns |= {name: task["mean"] for name, task in results["tasks"].items()}
+                columns["seconds"] = results["seconds"] + sum(training)
+            for name, value in columns.items():
+                values.setdefault(name, []).append(value)
+    names = {name: None for values in table.values() for name in values if name != "seconds"}  # in order, each once
+    heads = TITLES | (TEXT_TITLES if metric == "loss" else {})
+    heads = [heads[name].format(**args) if name in heads else name for name in names]
+    lines = [f"| {metric} | " + " | ".join([*heads, "seconds a run"]) + " |", "|---" * (len(names) + 2) + "|"]
+    for row, values in table.items():
+        cells = []
+        for name in names:
+            cells_of, digits = values.get(name), 3 if metric == "loss" and "%" not in name else 1
+            spreading = f" ± {statistics.stdev(cells_of):.{digits}f}" if cells_of and len(cells_of) > 1 else ""
+            cells.append(f"{statistics.fmean(cells_of):.{digits}f}{spreading}" if cells_of else "")
+        lines.append("| " + " | ".join([row, *cells, f"{statistics.fmean(values['seconds']):.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
+    """Curves of several runs in one picture: over steps the held-out score where it was measured, else the loss;
+    or, `by` an option of theirs (gists, shots), their results.
+
+    Runs that differ only in their seed make one curve: the mean, and a band of one standard deviation.
+    Baselines and controls are dashed.
+    """
+    import matplotlib  # slow to import, and only needed here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points: dict[tuple[str, str], dict[float, list[float]]] = {}  # (run's name, column) -> x -> values
+    kinds = set()
+    for run in runs:
+        args = read_args(run)
+        name = args.get("init") or f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
+        with reading(run, "has no readable results or log"):
+            if by:
+                results = json.loads((run / "results.json").read_text())
+                kinds.add(TASKS[args["task"]].METRIC)
+                rows = [(args[by], {"main": results["average"]} | results["baselines"] | results["controls"])]
+            else:
+                lines = read_log(run / "log.jsonl")
+                measured = any("score" in line for line in lines)
+                kinds.add(TASKS[args["task"]].METRIC if measured else "loss")
+                key = "score" if measured else "loss"
+                rows = [(line["step"], {"main": line[key]} | line.get("controls", {})) for line in lines if key in line]
+        for x, values in rows:
+            for column, value in values.items():
+                points.setdefault((name, column), {}).setdefault(x, []).append(value)
+    if len(kinds) != 1:
+        raise InputError(f"these runs have different things to draw: {', '.join(sorted(kinds))}")
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    alone = len({name for name, _ in points}) == 1
+    heads = TITLES | ({"fewshot": "examples in context"} if by else {})  # as many as there were shots
+    for (name, column), curve in points.items():
+        xs = sorted(curve)
+        means = np.array([statistics.fmean(curve[x]) for x in xs])
+        sds = np.array([spread(curve[x]) or 0.0 for x in xs])
+        label = name if column == "main" else heads[column].format(**args) if alone else f"{name}, {column}"
+        style = {"linewidth": 1.8} if column == "main" else {"linewidth": 1.2, "linestyle": "--"}
+        (line,) = axes.plot(xs, means, label=label, marker="o" if by else None, markersize=4, **style)
+        axes.fill_between(xs, means - sds, means + sds, color=line.get_color(), alpha=0.15, linewidth=0)
+    unit = {"loss": "loss per token", "accuracy": "accuracy on held-out rows, %", "rougeL": "ROUGE-L"}[kinds.pop()]
+    axes.set(xlabel=by or "step", ylabel=unit)
+    if by:
+        every = sorted({x for curve in points.values() for x in curve})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(every, [str(x) for x in every])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as problem:
+        raise InputError(f"{path}: can't be written ({problem.strerror})") from None
+    print(f"written: {path}")
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("what", choices=["table", "plot"])
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs (table), or runs (plot)")
+    parser.add_argument("--out", metavar="FILE", default="runs/curves.png", help="where to draw (runs/curves.png)")
+    parser.add_argument("--by", choices=["gists", "shots"], default=None, help="results by this option, rather than curves over steps")
+    asked = parser.parse_args()
+    folders = [Path(folder) for folder in asked.folders]
+    if asked.what == "table":
+        print(compare(folders))
+    else:
+        plot(folders, Path(asked.out), asked.by)
+
+
+if __name__ == "__main__":
+    run_command(main)
