@@ -1,20 +1,27 @@
-"""Small random models, grouped-query (K < H) unless a test says otherwise, in float32 on the CPU."""
+"""Small random models, grouped-query (K < H) unless a test says otherwise, in float32 on the CPU; commands as tests run them."""
 
+import contextlib
+import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+sys.path.insert(0, str(ROOT))
 
+import eval as evaluation  # noqa: E402
+import train as training  # noqa: E402
 from gist import HyperLlama  # noqa: E402
-from llama import Config, Linear, Llama  # noqa: E402
+from llama import Config, Linear, Llama, Tokenizer  # noqa: E402
 from lora import add_lora  # noqa: E402
+from tools import answer, cost, report  # noqa: E402
 
 REAL_DATA = ROOT.parent / "shared" / "data"  # real P3, S-NI and text files, where they are at hand
 needs_real_data = pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data files are not here")
@@ -24,6 +31,14 @@ G = 3  # gists of the small models
 @pytest.fixture(autouse=True)
 def two_threads():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer(ROOT / "tiny" / "llama")
+
+
+# ---------------------------------------------------------------------------------------- small models
 
 
 def config(kv_heads: int = 2) -> Config:
@@ -45,16 +60,16 @@ def random_llama(kv_heads: int = 2, seed: int = 0, linear: type[Linear] = Linear
     return model.requires_grad_(False)
 
 
-def random_hyper(downstream: str | None = None, kv_heads: int = 2, seed: int = 0) -> HyperLlama:
+def random_hyper(answerer: str | None = None, kv_heads: int = 2, seed: int = 0) -> HyperLlama:
     """A HyperLlama whose LoRA sets do something: B is not zero."""
     generator = torch.Generator().manual_seed(seed + 1)
     model = random_llama(kv_heads, seed)
-    for name in {"hyper", downstream} - {None}:
-        add_lora(model, name, rank=4, alpha=8, generator=generator, keys_values_only=name != downstream)
+    for name in {"hyper", answerer} - {None}:
+        add_lora(model, name, rank=4, alpha=8, generator=generator, keys_values_only=name != answerer)
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
             parameter.data.normal_(0, 0.2, generator=generator)
-    return HyperLlama(model, torch.randn(G, 32, generator=generator), "hyper", downstream)
+    return HyperLlama(model, torch.randn(G, 32, generator=generator), "hyper", answerer)
 
 
 def hf_config(c: Config, **changes) -> dict:
@@ -75,3 +90,67 @@ def write_hf(folder: Path, model: Llama, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(hf_config(model.config, **changes)))
     save_file(hf_tensors(model), folder / "model.safetensors")
     return folder
+
+
+def write_meta(folder, model, shards: int):
+    """The same weights as Meta publishes them: other names, neighbouring rotary pairs, split shards."""
+    c = model.config
+    folder.mkdir()
+    multiple = {"dim": c.width, "n_layers": c.layers, "n_heads": c.heads, "n_kv_heads": c.kv_heads, "multiple_of": 40,
+                "ffn_dim_multiplier": 0.45, "norm_eps": c.norm_eps, "vocab_size": c.vocab}  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(multiple))
+    names = {"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.q_proj": "attention.wq",
+             "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+             "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
+             "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    axes = {"tok_embeddings": 1, "wo": 1, "w2": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0}
+    parts = [{"rope.freqs": torch.ones(4)} for _ in range(shards)]
+    for name, p in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:  # halves -> neighbours, head by head
+            p = p.view(-1, 2, c.head_size // 2, c.width).transpose(1, 2).reshape(p.shape)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        axis = axes.get(name.split(".")[-2])
+        for shard, part in enumerate(parts):
+            part[name] = p.detach().clone() if axis is None else p.detach().chunk(shards, axis)[shard].clone()
+    for shard, part in enumerate(parts):
+        torch.save(part, folder / f"consolidated.{shard:02}.pth")
+    return folder
+
+
+# -------------------------------------------------------------------------------------------- commands
+
+SHORT = ["--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01"]
+MAINS = {"train": training.main, "eval": evaluation.main, "answer": answer.main, "cost": cost.main, "report": report.main}
+
+
+def command(*argv, program=ROOT / "train.py"):
+    """What subprocess needs to run a command on the CPU."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return [sys.executable, str(program), *map(str, argv)], {"env": env, "text": True}
+
+
+def run(*argv, program="train", status=0):
+    """The command in this process, which spares the imports."""
+    stdout, stderr, ended = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", [program, *map(str, argv)]):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            try:
+                evaluation.run_command(MAINS[program])
+            except SystemExit as stop:
+                ended = stop.code
+    done = subprocess.CompletedProcess(argv, ended, stdout.getvalue(), stderr.getvalue())
+    assert ended == status, done.stdout + done.stderr
+    return done
+
+
+def train(out, *argv, status=0):
+    return run("--task", "p3", *SHORT, "--out", out, *argv, status=status)
+
+
+@pytest.fixture(scope="session")
+def hypernetwork(tmp_path_factory):
+    """A finished run of two steps."""
+    out = tmp_path_factory.mktemp("runs") / "hyper"
+    train(out, "--steps", "2", "--no-controls")
+    return out

@@ -1,13 +1,13 @@
-"""The model: attention with a past, offsets, generation, loading."""
+"""The language model: reading with a past, offsets, generation, loading."""
 
 import json
 
 import pytest
 import torch
-from conftest import ROOT, config, hf_tensors, random_hyper, random_llama, write_hf
+from conftest import ROOT, config, hf_tensors, random_hyper, random_llama, write_hf, write_meta
 from safetensors.torch import save_file
 
-from llama import InputError, Llama, Tokenizer, generate, load, product, ragged, read_config
+from llama import InputError, Llama, Tokenizer, generate, load, ragged, read_config
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -21,7 +21,7 @@ def positions(*offsets: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_reading_in_pieces_with_past_differs_from_reading_at_once(kv_heads):
+def test_reading_in_pieces_equals_reading_at_once(kv_heads):
     model, x = random_llama(kv_heads), tokens(2, 12)
     whole, kv = model(x)
     first, past = model(x[:, :5])
@@ -30,13 +30,13 @@ def test_reading_in_pieces_with_past_differs_from_reading_at_once(kv_heads):
     torch.testing.assert_close(past, kv, **TOLERANCE)
 
 
-def test_shifting_every_position_changes_something():
+def test_shifting_every_position_changes_nothing():
     model, x = random_llama(), tokens(2, 12)
     shifted, _ = model(x, offset=positions(7, 100))
     torch.testing.assert_close(shifted, model(x)[0], **TOLERANCE)
 
 
-def test_offset_is_ignored_for_some_rows():
+def test_each_row_has_an_offset_of_its_own():
     """Rows with different offsets: each like alone, and a wrong offset shows."""
     model, x = random_llama(), tokens(2, 9)
     _, past = model(x[:, :4], offset=positions(0, 20))
@@ -49,7 +49,7 @@ def test_offset_is_ignored_for_some_rows():
     assert (wrong[1] - both[1]).abs().max() > 1e-2
 
 
-def test_a_past_without_offset_is_read_from_position_zero():
+def test_a_past_without_offset_is_refused():
     model, x = random_llama(), tokens(1, 6)
     _, past = model(x)
     with pytest.raises(ValueError, match="offset"):
@@ -58,7 +58,7 @@ def test_a_past_without_offset_is_read_from_position_zero():
         generate(model, x.tolist(), 3, eos=2, past=past)
 
 
-def test_padding_leaks_into_real_tokens():
+def test_padding_never_reaches_real_tokens():
     model = random_llama()
     rows = [tokens(1, n, seed=n)[0].tolist() for n in (3, 8, 5)]
     for fill in (0, 7):
@@ -67,7 +67,7 @@ def test_padding_leaks_into_real_tokens():
             torch.testing.assert_close(out[: len(row)], model(torch.tensor([row]))[0][0], **TOLERANCE)
 
 
-def test_selected_positions_differ_from_full_logits():
+def test_selected_positions_have_the_logits_of_the_full_pass():
     model, x = random_llama(), tokens(3, 7)
     select = torch.tensor([0, 6, 9, 20])
     full = model(x)[0].flatten(0, 1)[select]
@@ -75,32 +75,36 @@ def test_selected_positions_differ_from_full_logits():
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("past", [0, 5])
-def test_keys_and_values_at_some_positions_differ_from_those_of_all(layers, past):
-    model, x, keep = random_llama(), tokens(2, 7), torch.tensor([[0, 3, 6], [2, 3, 4]])
+@pytest.mark.parametrize("offset", [None, (5, 9)])
+@pytest.mark.parametrize("adapter", [None, "hyper"])
+def test_keys_and_values_at_chosen_positions_are_those_of_the_full_pass(layers, offset, adapter):
+    model, x, at = random_hyper("hyper").model, tokens(2, 7), torch.tensor([[0, 3, 6], [2, 3, 4]])
     model.layers = model.layers[:layers]
-    before = {"past": model(tokens(2, past))[1], "offset": torch.tensor([past, 9])} if past else {}
-    logits, kept = model(x, keep=keep, **before)
-    assert logits is None
-    for (key, value), (all_keys, all_values) in zip(kept, model(x, **before)[1], strict=True):
+    how = {"offset": None if offset is None else positions(*offset), "adapter": adapter}
+    kept, (_, everywhere) = model.keys_values(x, at, **how), model(x, **how)
+    for (key, value), (all_keys, all_values) in zip(kept, everywhere, strict=True):
         for row in range(2):
-            torch.testing.assert_close(key[row], all_keys[row, :, past + keep[row]], **TOLERANCE)
-            torch.testing.assert_close(value[row], all_values[row, :, past + keep[row]], **TOLERANCE)
+            torch.testing.assert_close(key[row], all_keys[row, :, at[row]], **TOLERANCE)
+            torch.testing.assert_close(value[row], all_values[row, :, at[row]], **TOLERANCE)
 
 
-def test_selected_positions_lose_their_gates():
+def test_selected_positions_keep_their_gates():
     model, x, select = random_hyper("all").model, tokens(2, 6), torch.tensor([1, 5, 8])
     adapter = {"hyper": torch.rand(2, 6, 1)}
     full = model(x, adapter=adapter)[0].flatten(0, 1)[select]
     torch.testing.assert_close(model(x, adapter=adapter, select=select)[0], full, **TOLERANCE)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (5, 1), (8, 1), (9, 1), (6,)])
-def test_a_few_rows_through_a_large_matrix_come_out_otherwise(shape):
-    x, weight = torch.randn(*shape, 1024), torch.randn(1024, 1024)
-    with torch.no_grad():
-        torch.testing.assert_close(product(x, weight), torch.nn.functional.linear(x, weight), atol=1e-3, rtol=1e-4)
-    assert product(x, weight.requires_grad_()).requires_grad
+def test_a_past_with_room_reads_like_one_without():
+    model, x = random_llama(), tokens(2, 9)
+    _, past = model(x[:, :4])
+    roomy = [layer.with_room(5) for layer in past]
+    for part in (x[:, 4:7], x[:, 7:]):
+        offset = positions(*[past[0][0].shape[2]] * 2)
+        (plain, past), (same, roomy) = (model(part, past=before, offset=offset) for before in (past, roomy))
+        torch.testing.assert_close(same, plain, **TOLERANCE)
+        torch.testing.assert_close([list(layer) for layer in roomy], [list(layer) for layer in past], **TOLERANCE)
+    assert roomy[0][0].shape[2] == 9 and roomy[0][0].untyped_storage().nbytes() == roomy[0].buffers[0].nbytes
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -116,7 +120,7 @@ def greedy_by_recomputing(model, prompt, count, eos):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_generation_in_a_batch_differs_from_each_row_alone(kv_heads):
+def test_generation_in_a_batch_equals_each_row_alone(kv_heads):
     model = random_llama(kv_heads, seed=3)
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (2, 9, 5, 1)]
     eos = greedy_by_recomputing(model, prompts[1], 20, eos=-1)[7]  # so that this row ends early
@@ -126,62 +130,36 @@ def test_generation_in_a_batch_differs_from_each_row_alone(kv_heads):
     assert [generate(model, [prompt], 20, eos)[0] for prompt in prompts] == expected
 
 
-def test_generation_forgets_past_or_offset():
+def test_generation_goes_on_from_past_and_offset():
     model = random_llama(seed=3)
     before = tokens(1, 6, seed=9)[0].tolist()
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (4, 2)]
     _, past = model(torch.tensor([before, before]))
-    found = generate(model, prompts, 12, eos=-1, past=past, offset=positions(6, 6))
-    assert found == [greedy_by_recomputing(model, before + prompt, 12, eos=-1) for prompt in prompts]
+    rows = generate(model, prompts, 12, eos=-1, past=past, offset=positions(6, 6))
+    assert rows == [greedy_by_recomputing(model, before + prompt, 12, eos=-1) for prompt in prompts]
 
 
-def test_a_row_goes_on_behind_its_end():
+def test_a_generated_row_stops_at_its_end():
     model = random_llama(seed=3)
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (2, 9, 5)]
     free = [greedy_by_recomputing(model, prompt, 20, eos=-1) for prompt in prompts]
     until = free[1][4:6]
-    found = generate(model, prompts, 20, eos=-1, until=until)
+    rows = generate(model, prompts, 20, eos=-1, until=until)
     first = next(i for i in range(19) if free[1][i : i + 2] == until)
-    assert found[1] == free[1][:first] and found[0] == free[0][: len(found[0])]
-    assert all(until != row[i : i + 2] for row in found for i in range(len(row)))
+    assert rows[1] == free[1][:first] and rows[0] == free[0][: len(rows[0])]
+    assert all(until != row[i : i + 2] for row in rows for i in range(len(row)))
 
 
-def test_generating_nothing_fails():
+def test_generating_no_tokens_gives_empty_rows():
     assert generate(random_llama(), [[1, 2]], 0, eos=2) == [[]]
 
 
 # ------------------------------------------------------------------------------------------ loading
 
 
-def write_meta(folder, model, shards: int):
-    """The same weights as Meta publishes them: other names, neighbouring rotary pairs, split shards."""
-    c = model.config
-    folder.mkdir()
-    multiple = {"dim": c.width, "n_layers": c.layers, "n_heads": c.heads, "n_kv_heads": c.kv_heads, "multiple_of": 40,
-                "ffn_dim_multiplier": 0.45, "norm_eps": c.norm_eps, "vocab_size": c.vocab}  # fmt: skip
-    (folder / "params.json").write_text(json.dumps(multiple))
-    names = {"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.q_proj": "attention.wq",
-             "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-             "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
-             "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
-    axes = {"tok_embeddings": 1, "wo": 1, "w2": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0}
-    parts = [{"rope.freqs": torch.ones(4)} for _ in range(shards)]
-    for name, p in model.named_parameters():
-        if "q_proj" in name or "k_proj" in name:  # halves -> neighbours, head by head
-            p = p.view(-1, 2, c.head_size // 2, c.width).transpose(1, 2).reshape(p.shape)
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        axis = axes.get(name.split(".")[-2])
-        for shard, part in enumerate(parts):
-            part[name] = p.detach().clone() if axis is None else p.detach().chunk(shards, axis)[shard].clone()
-    for shard, part in enumerate(parts):
-        torch.save(part, folder / f"consolidated.{shard:02}.pth")
-    return folder
-
-
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_meta_and_hugging_face_folders_load_differently(tmp_path, shards, kv_heads):
+def test_meta_and_hugging_face_folders_load_the_same_model(tmp_path, shards, kv_heads):
     model, x = random_llama(kv_heads), tokens(2, 9)
     from_hf = load(write_hf(tmp_path / "hf", model))
     from_meta = load(write_meta(tmp_path / "meta", model, shards))
@@ -190,7 +168,7 @@ def test_meta_and_hugging_face_folders_load_differently(tmp_path, shards, kv_hea
     torch.testing.assert_close(from_meta(x)[0], model(x)[0], atol=0, rtol=0)
 
 
-def test_a_sharded_hugging_face_folder_loads_in_part(tmp_path):
+def test_a_sharded_hugging_face_folder_loads_whole(tmp_path):
     model, x = random_llama(), tokens(1, 5)
     folder = write_hf(tmp_path, model)
     (folder / "model.safetensors").unlink()
@@ -207,18 +185,19 @@ def test_a_sharded_hugging_face_folder_loads_in_part(tmp_path):
         load(folder)
 
 
-@pytest.mark.parametrize("change", [
-    {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"rope_type": "yarn"}},
-    {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"tie_word_embeddings": True},
-    {"model_type": "mistral"}, {"quantization_config": {"bits": 4}}, {"num_key_value_heads": 3},
-    {"hidden_size": "32"}, {"num_hidden_layers": 0},
+@pytest.mark.parametrize("change, message", [
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling"),
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings"), ({"model_type": "mistral"}, "model_type"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"num_key_value_heads": 3}, "don't fit 3 KV heads"),
+    ({"hidden_size": "32"}, "a field has a wrong value.*'str'"), ({"num_hidden_layers": 0}, "layers = 0 is not a positive number"),
 ])  # fmt: skip
-def test_a_config_that_we_do_not_implement_is_loaded_wrongly(tmp_path, change):
-    with pytest.raises(InputError, match=next(iter(change)).split("_")[0] + "|heads|layers|wrong type"):
+def test_a_config_that_is_not_implemented_is_refused(tmp_path, change, message):
+    with pytest.raises(InputError, match=f"config.json: .*{message}"):
         load(write_hf(tmp_path, random_llama(), **change))
 
 
-def test_tensors_that_do_not_fit_the_config_are_loaded(tmp_path):
+def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path):
     model = random_llama()
     folder = write_hf(tmp_path, model)
     good = hf_tensors(model)
@@ -245,7 +224,7 @@ class Evil:
         return (print, ("a .pth file ran code",))
 
 
-def test_a_pth_file_runs_code(tmp_path, capsys):
+def test_a_pth_file_cannot_run_code(tmp_path, capsys):
     folder = write_meta(tmp_path / "meta", random_llama(), 1)
     torch.save({"tok_embeddings.weight": Evil()}, folder / "consolidated.00.pth")
     with pytest.raises(InputError):
@@ -253,16 +232,33 @@ def test_a_pth_file_runs_code(tmp_path, capsys):
     assert "ran code" not in capsys.readouterr().out
 
 
-def test_an_empty_or_missing_folder_is_a_traceback(tmp_path):
+def test_an_empty_or_missing_folder_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match="config.json"):
             load(folder)
 
 
-# -------------------------------------------------------------------------------- against transformers
+def test_a_meta_folder_has_the_positions_of_llama_2(tmp_path):
+    assert read_config(write_meta(tmp_path / "meta", random_llama(), 1)).max_positions == 4096
 
 
-def test_transformers_computes_other_logits(tmp_path):
+@pytest.mark.parametrize("size, parameters", [
+    ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256}, 6_738_415_616),
+    ({"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256}, 13_015_864_320),
+    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
+     68_976_648_192),
+], ids=["7B", "13B", "70B"])  # fmt: skip
+def test_llama_2_has_its_published_number_of_parameters(tmp_path, size, parameters):
+    (tmp_path / "params.json").write_text(json.dumps(size | {"norm_eps": 1e-5, "vocab_size": 32000}))
+    with torch.device("meta"):
+        model = Llama(read_config(tmp_path))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+# ----------------------------------------------------------------------------- against transformers
+
+
+def test_logits_equal_those_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     c = config()
@@ -277,7 +273,7 @@ def test_transformers_computes_other_logits(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-c"])
-def test_the_tiny_checkpoint_does_not_open_in_transformers(name):
+def test_the_tiny_checkpoint_opens_in_transformers(name):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM.from_pretrained(ROOT / "tiny" / name, dtype=torch.float32).eval()
     x = tokens(2, 40)
@@ -288,7 +284,7 @@ def test_the_tiny_checkpoint_does_not_open_in_transformers(name):
 # ---------------------------------------------------------------------------------------- tokenizer
 
 
-def test_a_token_depends_on_what_follows_it():
+def test_no_token_depends_on_what_follows_it():
     tokenizer = Tokenizer(ROOT / "tiny" / "llama")
     text = "\nInput:\nThe red fox waits. \nOutput:\nkilo\nInput:\n zebra é\nOutput:\n"
     pieces = ["\nInput:\n", "The red fox waits. ", "\nOutput:\n", "kilo", "\nInput:\n", " zebra é", "\nOutput:\n"]
@@ -296,27 +292,10 @@ def test_a_token_depends_on_what_follows_it():
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_tokenizer_is_not_found_or_not_one(tmp_path):
+def test_a_missing_or_wrong_tokenizer_is_refused(tmp_path):
     (tmp_path / "deep").mkdir()
     with pytest.raises(InputError, match="no tokenizer.model"):
         Tokenizer(tmp_path / "deep")
     (tmp_path / "tokenizer.model").write_text("not a model")
     with pytest.raises(InputError, match="not a SentencePiece"):
         Tokenizer(tmp_path / "deep")
-
-
-def test_max_positions_of_a_meta_folder_come_from_nowhere(tmp_path):
-    assert read_config(write_meta(tmp_path / "meta", random_llama(), 1)).max_positions == 4096
-
-
-@pytest.mark.parametrize("size, parameters", [
-    ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256}, 6_738_415_616),
-    ({"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256}, 13_015_864_320),
-    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
-     68_976_648_192),
-], ids=["7B", "13B", "70B"])  # fmt: skip
-def test_llama_2_has_another_number_of_parameters(tmp_path, size, parameters):
-    (tmp_path / "params.json").write_text(json.dumps(size | {"norm_eps": 1e-5, "vocab_size": 32000}))
-    with torch.device("meta"):
-        model = Llama(read_config(tmp_path))
-    assert sum(p.numel() for p in model.parameters()) == parameters

@@ -22,17 +22,17 @@ def with_sets(*names: str):
     return model
 
 
-def test_adapter_off_is_not_the_base_bit_for_bit():
+def test_adapter_off_is_the_base_bit_for_bit():
     assert torch.equal(with_sets("a", "b")(X)[0], random_llama()(X)[0])
 
 
-def test_a_new_set_changes_the_model_before_training():
+def test_a_new_set_changes_nothing_before_training():
     model = random_llama()
     add_lora(model, "a", rank=4, alpha=8, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(model(X, adapter="a")[0], random_llama()(X)[0], atol=0, rtol=0)
 
 
-def test_lora_is_not_the_merged_matrix():
+def test_lora_equals_the_merged_matrix():
     model = with_sets("a")
     through_set = model(X, adapter="a")[0]
     for module in model.modules():
@@ -42,22 +42,22 @@ def test_lora_is_not_the_merged_matrix():
     torch.testing.assert_close(through_set, model(X)[0], atol=1e-4, rtol=1e-4)
 
 
-def test_sets_act_on_each_other():
+def test_sets_do_not_act_on_each_other():
     model = with_sets("a", "b")
     gate = torch.ones(1, X.shape[1], 1)
     torch.testing.assert_close(model(X, adapter={"b": gate, "a": 0 * gate})[0], model(X, adapter="b")[0])
     assert (model(X, adapter="a")[0] - model(X, adapter="b")[0]).abs().max() > 1e-2
 
 
-def test_an_unknown_set_is_silently_the_base():
+def test_an_unknown_set_is_refused():
     with pytest.raises(ValueError, match="no LoRA set"):
         with_sets("a")(X, adapter="hyper")
 
 
-@pytest.mark.parametrize("downstream", [None, "downstream", "hyper"])
-def test_a_trainable_tensor_stays_without_gradient(downstream):
+@pytest.mark.parametrize("answerer", [None, "downstream", "hyper"])
+def test_every_trainable_tensor_gets_a_gradient(answerer):
     """Within two steps: in the first, A has none because B is zero."""
-    hyper = random_hyper(downstream)
+    hyper = random_hyper(answerer)
     for name, p in hyper.named_parameters():
         if name.endswith(".B"):
             p.data.zero_()
@@ -65,7 +65,7 @@ def test_a_trainable_tensor_stays_without_gradient(downstream):
     optimizer, moved = torch.optim.SGD(trainable.values(), 0.1), set()
     for _ in range(2):
         gists = hyper.compress(torch.tensor([[1, 7, 8, 9, 50, 51, 52]]))
-        logits, _ = hyper.model(X, past=gists.past, offset=gists.offset, adapter=hyper.downstream)
+        logits, _ = hyper.model(X, past=gists.past, offset=gists.offset, adapter=hyper.answerer)
         F.cross_entropy(logits[0], X[0]).backward()
         moved |= {name for name, p in trainable.items() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()
@@ -73,11 +73,11 @@ def test_a_trainable_tensor_stays_without_gradient(downstream):
     assert moved == trainable.keys()
 
 
-# --------------------------------------------------------------------------------------------- NF4
+# ---------------------------------------------------------------------------------------------- NF4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nf4_is_not_dequantize_and_matmul(dtype):
+def test_nf4_equals_dequantize_and_matmul(dtype):
     functional = pytest.importorskip("bitsandbytes.functional")
     generator = torch.Generator().manual_seed(0)
     linear, weight = NF4Linear(128, 64), torch.randn(64, 128, generator=generator)
@@ -101,7 +101,7 @@ def test_nf4_is_not_dequantize_and_matmul(dtype):
             torch.testing.assert_close(linear(x, {}), y2, **tolerance)
 
 
-def test_quantized_loading_quantizes_what_it_must_not(tmp_path):
+def test_quantized_loading_quantizes_the_matrices_of_layers_alone(tmp_path):
     dequantize_4bit = pytest.importorskip("bitsandbytes.functional").dequantize_4bit
     folder = write_hf(tmp_path, random_llama())
     model, plain = load(folder, linear=NF4Linear), load(folder)
@@ -115,7 +115,7 @@ def test_quantized_loading_quantizes_what_it_must_not(tmp_path):
     torch.testing.assert_close(model(X)[0], plain(X)[0], atol=1e-4, rtol=1e-4)
 
 
-def test_nf4_cannot_be_trained_through(tmp_path):
+def test_nf4_can_be_trained_through(tmp_path):
     pytest.importorskip("bitsandbytes")
     model = load(write_hf(tmp_path, random_llama()), linear=NF4Linear)
     add_lora(model, "a", rank=4, alpha=8, generator=torch.Generator().manual_seed(1))
@@ -126,10 +126,10 @@ def test_nf4_cannot_be_trained_through(tmp_path):
     assert all(g is not None and g.isfinite().all() and g.abs().max() > 0 for g in gradients.values())
 
 
-# ------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
-def test_saving_loses_something(tmp_path):
+def test_saving_and_loading_lose_nothing(tmp_path):
     tensors = {"a": torch.randn(3, 4).t(), "b": torch.arange(5)}
     save_tensors(tmp_path / "x.safetensors", tensors, {"step": "7"})
     loaded, about = load_tensors(tmp_path / "x.safetensors")
@@ -137,7 +137,7 @@ def test_saving_loses_something(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_a_failed_save_destroys_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"a": torch.ones(2)}, {})
     monkeypatch.setattr("lora.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -147,7 +147,7 @@ def test_a_failed_save_destroys_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_adapters_of_another_model_are_taken(tmp_path):
+def test_adapters_of_another_model_are_refused(tmp_path):
     path = tmp_path / "adapters.safetensors"
     parameters = {name: p for name, p in random_hyper().named_parameters() if p.requires_grad}
     save_file({name: p.detach().clone() for name, p in parameters.items()}, path)

@@ -1,7 +1,6 @@
 """The command: real runs of a few steps, resuming, bad input."""
 
-import contextlib
-import io
+import argparse
 import json
 import os
 import resource
@@ -9,46 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from unittest import mock
 
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, needs_real_data, random_hyper, random_llama, write_hf
+from conftest import REAL_DATA, ROOT, SHORT, command, needs_real_data, random_hyper, random_llama, run, train, write_hf
 from safetensors import safe_open
 
+import train as training
 from data import collate
-from eval import System, build, run_command
-from eval import main as eval_main
+from eval import open_run, run_command
 from llama import load
 from lora import load_tensors
-from train import main as train_main
-from train import parse, schedule, train_step
-
-SHORT = ["--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01"]
-
-
-def command(*argv, program="train.py", cwd=None):
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return [sys.executable, str(ROOT / program), *map(str, argv)], {"cwd": cwd, "env": env, "text": True}
-
-
-def run(*argv, program="train.py", status=0):
-    """The command in this process, which spares the imports."""
-    stdout, stderr, ended = io.StringIO(), io.StringIO(), 0
-    main = {"train.py": train_main, "eval.py": eval_main}[program]
-    with mock.patch.object(sys, "argv", [program, *map(str, argv)]):
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            try:
-                run_command(main)
-            except SystemExit as stop:
-                ended = stop.code
-    done = subprocess.CompletedProcess(argv, ended, stdout.getvalue(), stderr.getvalue())
-    assert ended == status, done.stdout + done.stderr
-    return done
-
-
-def train(out, *argv, status=0):
-    return run("--task", "p3", *SHORT, "--out", out, *argv, status=status)
 
 
 def contents(out):
@@ -69,32 +39,38 @@ def assert_same(one, other):
     assert {**results, "args": None} == {**results2, "args": None}
 
 
-def test_six_steps_differ_from_three_a_kill_and_three(tmp_path):
-    train(tmp_path / "whole", "--steps", "6", "--save-every", "3")
-    argv, options = command("--task", "p3", *SHORT, "--out", tmp_path / "cut", "--steps", "6", "--save-every", "3")
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    while not (tmp_path / "cut" / "state.safetensors").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    train(tmp_path / "cut", "--steps", "6", "--save-every", "3", "--resume")
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+# ----------------------------------------------------------------------------------------- the loop
 
 
-def test_ctrl_c_loses_the_run(tmp_path):
-    out = tmp_path / "run"
-    argv, options = command("--task", "p3", *SHORT, "--out", out, "--steps", "2000", "--save-every", "9999")
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
-    with safe_open(out / "state.safetensors", "pt") as file:
-        assert int(file.metadata()["step"]) == len((out / "log.jsonl").read_text().splitlines())
+def test_accumulated_batches_have_the_loss_of_one_batch(tmp_path):
+    """Two batches in one step = one batch of both: a mean of means would weigh tokens differently."""
+    rows = [([1, 5, 6, 50, 51, 52], [1, 7], [8, 9, 2]), ([1, 4, 50, 51, 52], [1, 3, 3], [2])]
+    parts = [collate([e], [0], [p], [t]) for e, p, t in rows]
+    whole = collate([r[0] for r in rows], [0, 1], [r[1] for r in rows], [r[2] for r in rows])
+    batch_of = {(0,): parts[0], (1,): parts[1], (0, 1): whole}
+    lines, states = [], []
+    for accumulate, size in ((2, 1), (1, 2)):
+        args = argparse.Namespace(seed=0, steps=1, accumulate=accumulate, batch_size=size, lr=1e-3, gist_lr=1e-3, save_every=1)
+        out = tmp_path / str(accumulate)
+        out.mkdir()
+        training.train(random_hyper(), lambda seed, numbers: batch_of[tuple(numbers)], args, out, False, rank=0, world=1)
+        lines.append(json.loads((out / "log.jsonl").read_text()))
+        states.append(load_tensors(out / "state.safetensors")[0])
+    for field in ("loss", "norm"):
+        assert lines[0][field] == pytest.approx(lines[1][field], abs=1e-6)
+    share = 1 - training.BETAS[0]  # of the gradient, in the first step's mean of gradients
+    gradients = [{name: t / share for name, t in state.items() if name.startswith("exp_avg.")} for state in states]
+    assert len(gradients[0]) == len(states[0]) / 3
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    shares = [training.schedule(step, 100) for step in range(100)]
+    assert shares[0] == 0.1 and shares[9] == 1.0 == max(shares) and 0 < shares[-1] < 0.02
+    assert training.schedule(0, 1) == 1.0
+
+
+# ------------------------------------------------------------------------------- runs of every kind
 
 VARIANTS = [
     ["--downstream", "frozen"], ["--downstream", "lora"], ["--downstream", "shared"],
@@ -103,7 +79,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
-def test_a_variant_does_not_run_or_leaves_tensors_untrained(tmp_path, variant):
+def test_every_variant_trains_all_its_tensors_and_evaluates_the_same_later(tmp_path, variant):
     out = tmp_path / "run"
     train(out, "--steps", "2", *variant)
     tensors, log, results = contents(out)
@@ -112,51 +88,45 @@ def test_a_variant_does_not_run_or_leaves_tensors_untrained(tmp_path, variant):
         if name.startswith("exp_avg_sq."):
             assert tensor.abs().max() > 0, f"{name} never had a gradient"
     before = json.loads((out / "results.json").read_text())
-    run(out, program="eval.py")
+    run(out, program="eval")
     after = json.loads((out / "results.json").read_text())
     assert after | {"seconds": 0} == before | {"seconds": 0}
 
 
-def test_a_quantized_run_fails(tmp_path):
+def test_a_quantized_run_works(tmp_path):
     pytest.importorskip("bitsandbytes")
     train(tmp_path / "run", "--steps", "2", "--quantize")
     assert contents(tmp_path / "run")[2]["args"]["quantize"] is True
 
 
-@pytest.mark.parametrize("task", ["p3", "hyperpretrain"])
-def test_checkpointed_activations_change_a_bit(tmp_path, task):
-    found = []
+@pytest.mark.parametrize("task", [
+    ["--task", "p3"], ["--task", "hyperpretrain"], ["--task", "prefix", "--init", "propagate", "--measure", "0", "--sets", "1"],
+], ids=lambda task: task[-1])  # fmt: skip
+def test_checkpointed_activations_change_no_bit(tmp_path, task):
+    states = []
     for name, options in (("plain", []), ("checkpointed", ["--checkpoint-activations"])):
-        train(tmp_path / name, "--task", task, "--steps", "2", *options)
-        found.append(load_tensors(tmp_path / name / "state.safetensors")[0])
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+        train(tmp_path / name, "--steps", "2", *task, *options)
+        states.append(load_tensors(tmp_path / name / "state.safetensors")[0])
+    plain, checkpointed = states
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(plain[key], checkpointed[key]) for key in plain)
 
 
-def test_accumulated_batches_have_another_loss():
-    """Two batches in one step = one batch of both: a mean of means would weigh tokens differently."""
-    rows = [([1, 5, 6, 50, 51, 52], [1, 7], [8, 9, 2]), ([1, 4, 50, 51, 52], [1, 3, 3], [2])]
-    parts = [collate([e], [0], [p], [t]) for e, p, t in rows]
-    whole = collate([r[0] for r in rows], [0, 1], [r[1] for r in rows], [r[2] for r in rows])
-    losses, moved = [], []
-    for batches in (parts, [whole]):
-        hyper = random_hyper()
-        system = System(None, None, None, hyper)
-        optimizer = torch.optim.SGD(system.trainable().values(), 1.0)
-        losses.append(train_step(system, optimizer, batches)[0][0].item())
-        moved.append([p.detach() for p in system.trainable().values()])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    torch.testing.assert_close(moved[0], moved[1], atol=1e-5, rtol=1e-5)
-
-
-def test_the_schedule_starts_or_ends_elsewhere():
-    shares = [schedule(step, 100) for step in range(100)]
-    assert shares[0] == 0.1 and shares[9] == 1.0 == max(shares) and 0 < shares[-1] < 0.02
-    assert schedule(0, 1) == 1.0
+@pytest.mark.parametrize("task, variant", [
+    ("sni", []), ("sni", ["--instruction-downstream"]), ("sni", ["--fuse-instruction", "--downstream", "lora"]),
+    ("sni", ["--method", "fewshot"]), ("sni", ["--method", "zeroshot"]), ("symbol", []), ("symbol", ["--method", "fewshot"]),
+], ids=str)  # fmt: skip
+def test_every_task_runs_and_evaluates_the_same_later(tmp_path, task, variant):
+    out = tmp_path / "run"
+    run("--task", task, "--steps", "2", "--batch-size", "2", "--limit", "2", "--sets", "2", "--no-controls", "--out", out, *variant)
+    before = contents(out)[2]
+    assert before["task"] == task and before["metric"] == {"sni": "rougeL", "symbol": "accuracy"}[task]
+    run(out, program="eval")
+    assert contents(out)[2] == before
 
 
 @needs_real_data
-def test_real_p3_files_do_not_train_and_evaluate(tmp_path):
+def test_real_p3_files_train_and_evaluate(tmp_path):
     data = tmp_path / "P3"
     (data / "splits").mkdir(parents=True)
     names = ["super_glue_copa_C1_or_C2_premise_so_because_", "winogrande_winogrande_debiased_Replace"]
@@ -172,38 +142,65 @@ def test_real_p3_files_do_not_train_and_evaluate(tmp_path):
     assert "left out, because the context was full" in done.stdout
 
 
-@pytest.mark.parametrize("task, variant", [
-    ("sni", []), ("sni", ["--instruction-downstream"]), ("sni", ["--fuse-instruction", "--downstream", "lora"]),
-    ("sni", ["--method", "fewshot"]), ("sni", ["--method", "zeroshot"]), ("symbol", []), ("symbol", ["--method", "fewshot"]),
-], ids=str)  # fmt: skip
-def test_another_task_does_not_run_or_evaluates_otherwise_later(tmp_path, task, variant):
-    out = tmp_path / "run"
-    run("--task", task, "--steps", "2", "--batch-size", "2", "--limit", "2", "--sets", "2", "--no-controls", "--out", out, *variant)
-    before = contents(out)[2]
-    assert before["task"] == task and before["metric"] == {"sni": "rougeL", "symbol": "accuracy"}[task]
-    run(out, program="eval.py")
-    assert contents(out)[2] == before
-
-
 @needs_real_data
-def test_real_sni_files_do_not_train_and_evaluate(tmp_path):
+def test_real_sni_files_train_and_evaluate(tmp_path):
     data, out = REAL_DATA / "natural-instructions", tmp_path / "run"
     done = run("--task", "sni", "--steps", "2", "--batch-size", "1", "--limit", "1", "--no-controls", "--data", data, "--out", out)
     assert "have no file and are left out" in done.stderr and len(contents(out)[2]["tasks"]) == 5
 
 
-# --------------------------------------------------------- compression hyperpretraining, several processes
+@pytest.mark.parametrize("init", ["hyper", "shared", "random", "reparam", "text", "propagate"])
+def test_every_start_of_prefix_tuning_runs_resumes_and_evaluates(tmp_path, hypernetwork, init):
+    out = tmp_path / "run"
+    start = ["--task", "prefix", "--gists", "4", "--shots", "4", "--limit", "4", "--batch-size", "1", "--init", init]
+    start += ["--steps", "4", "--save-every", "2", "--sets", "1", "--out", out, *(["--run", hypernetwork] if init == "hyper" else [])]
+    run(*start)
+    tensors, log, results = contents(out)
+    assert [line["step"] for line in log if "score" in line] == [1, 2, 3, 4] and len(log[-1]["scores"]) == 8
+    assert results["average"] == pytest.approx(log[-1]["score"], abs=0.01)
+    run(out, program="eval")
+    assert contents(out)[2] == results
+    (out / "results.json").unlink()
+    (out / "adapters.safetensors").unlink()
+    run(*start, "--resume")  # nothing is left to train: the same prefixes, with the same offsets
+    again = contents(out)
+    assert again[2] == results and all(torch.equal(tensors[key], again[0][key]) for key in tensors)
+
+
+def test_the_last_scores_along_the_way_are_those_of_the_end(tmp_path):
+    train(tmp_path / "run", "--steps", "4", "--measure", "2", "--sets", "1")
+    _, log, results = contents(tmp_path / "run")
+    assert [line["step"] for line in log if "score" in line] == [1, 2, 4]
+    assert log[-1]["score"] == pytest.approx(results["average"], abs=0.01)
+    assert log[-1]["controls"] == pytest.approx(results["controls"], abs=0.01)
+    assert log[-1]["scores"] == pytest.approx({name: task["mean"] for name, task in results["tasks"].items()}, abs=0.01)
+
+
+def test_the_same_command_twice_has_the_same_results(tmp_path):
+    for name in ("one", "two"):
+        train(tmp_path / name, "--steps", "2")
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_run_never_talks_to_the_network(tmp_path, monkeypatch):
+    def connect(*_):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    train(tmp_path / "run", "--steps", "1")
+
+
+# -------------------------------------------------- compression hyperpretraining, several processes
 
 PRETRAIN = ["--task", "hyperpretrain", "--batch-size", "4", "--gists", "4", "--save-every", "2", "--limit", "4"]
-
 
 STOP_AFTER_TWO = """
 import os, signal, sys
 sys.path.insert(0, %r)
 import train, eval
 save = train.save_state
-def save_and_stop(out, system, optimizer, step, rank):
-    save(out, system, optimizer, step, rank)
+def save_and_stop(out, hyper, optimizer, step, rank):
+    save(out, hyper, optimizer, step, rank)
     if rank == 0:
         os.kill(os.getpid(), signal.SIGINT)  # one process hears Ctrl-C in the step that follows
 train.save_state = save_and_stop
@@ -224,24 +221,24 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_hyperpretrained_model_cannot_be_used(tmp_path):
+def test_a_hyperpretrained_model_can_be_used(tmp_path):
     run(*PRETRAIN, "--steps", "2", "--out", tmp_path / "c")
     results = json.loads((tmp_path / "c" / "results.json").read_text())
     assert results["metric"] == "loss" and results["kept"] is not None and results["baselines"]["fewshot"] > 0
-    run(tmp_path / "c", program="eval.py")
+    run(tmp_path / "c", program="eval")
     again = json.loads((tmp_path / "c" / "results.json").read_text())
     assert again | {"seconds": 0, "args": 0} == results | {"seconds": 0, "args": 0}
-    run(tmp_path / "c", "--limit", "1", "--out", tmp_path / "one", program="eval.py")
+    run(tmp_path / "c", "--limit", "1", "--out", tmp_path / "one", program="eval")
     one = json.loads((tmp_path / "one" / "results.json").read_text())
     assert one["controls"]["other_task"] != one["average"]  # another text's gists, also where there is one text
     train(tmp_path / "run", "--steps", "1", "--model", tmp_path / "c")  # 4 gists: the checkpoint's own
     own, gists = load(tmp_path / "c"), load_tensors(tmp_path / "c" / "gists.safetensors")[0]["gists"]
     assert not torch.equal(own.embed_tokens.weight, load(ROOT / "tiny" / "llama").embed_tokens.weight)
-    system = build(parse(["--task", "p3", "--model", str(tmp_path / "c"), "--gists", "4"])[0])
-    assert torch.equal(system.hyper.gists, gists)
+    started = open_run(training.parse(["--task", "p3", "--model", str(tmp_path / "c"), "--gists", "4"])[0])
+    assert torch.equal(started.hyper.gists, gists)
 
 
-def test_two_processes_have_other_losses_or_cannot_go_on_as_one(tmp_path):
+def test_two_processes_have_the_losses_of_one_and_go_on_as_one(tmp_path):
     """FSDP: two processes = one; 4 steps = 2 by two processes and 2 by one."""
     run(*PRETRAIN, "--steps", "4", "--out", tmp_path / "one")
     torchrun(2, *PRETRAIN, "--steps", "4", "--out", tmp_path / "two")
@@ -260,7 +257,7 @@ def test_two_processes_have_other_losses_or_cannot_go_on_as_one(tmp_path):
         assert losses(out) == pytest.approx(losses(tmp_path / name), abs=1e-5)
 
 
-def test_data_parallel_lora_has_other_losses(tmp_path):
+def test_data_parallel_lora_has_the_losses_of_one_process(tmp_path):
     train(tmp_path / "one", "--steps", "2")
     torchrun(2, "--task", "p3", *SHORT, "--steps", "2", "--out", tmp_path / "two")
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
@@ -268,7 +265,35 @@ def test_data_parallel_lora_has_other_losses(tmp_path):
     torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)  # Adam makes much of a gradient that is almost zero
 
 
-# ------------------------------------------------------------------------------------ killed at any moment
+# ---------------------------------------------------------------------------- stopped at any moment
+
+
+def test_six_steps_equal_three_a_kill_and_three(tmp_path):
+    train(tmp_path / "whole", "--steps", "6", "--save-every", "3")
+    argv, options = command("--task", "p3", *SHORT, "--out", tmp_path / "cut", "--steps", "6", "--save-every", "3")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    while not (tmp_path / "cut" / "state.safetensors").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train(tmp_path / "cut", "--steps", "6", "--save-every", "3", "--resume")
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ctrl_c_saves_the_run(tmp_path):
+    out = tmp_path / "run"
+    argv, options = command("--task", "p3", *SHORT, "--out", out, "--steps", "2000", "--save-every", "9999")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    with safe_open(out / "state.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == len((out / "log.jsonl").read_text().splitlines())
+
 
 KILLER = """
 import json, os, random, signal, sys, time
@@ -315,7 +340,7 @@ while True:
 
 
 @pytest.mark.parametrize("task", [["--task", "p3", *SHORT, "--sets", "1"], ["--task", "hyperpretrain", "--batch-size", "2", "--gists", "4", "--limit", "4"]], ids=str)
-def test_a_run_killed_twenty_times_ends_otherwise(tmp_path, task):
+def test_a_run_killed_twenty_times_ends_as_if_never_killed(tmp_path, task):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     argv = [sys.executable, "-c", KILLER, whole, cut, 20, *task, "--steps", "8", "--save-every", "2"]
     subprocess.run(list(map(str, argv)), check=True, timeout=200, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
@@ -330,7 +355,7 @@ def test_a_run_killed_twenty_times_ends_otherwise(tmp_path, task):
     assert one | {"seconds": 0, "args": 0} == two | {"seconds": 0, "args": 0}
 
 
-def test_two_killed_processes_end_otherwise(tmp_path):
+def test_two_killed_processes_end_as_if_never_killed(tmp_path):
     start = [*PRETRAIN, "--steps", "6", "--save-every", "1"]
     torchrun(2, *start, "--out", tmp_path / "whole")
     argv, options = command(*start, "--out", tmp_path / "cut")
@@ -346,58 +371,38 @@ def test_two_killed_processes_end_otherwise(tmp_path):
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "cut"), abs=1e-6) and len(losses(tmp_path / "cut")) == 6
 
 
-# ------------------------------------------------------------------------- prefix tuning, own examples
+def test_a_full_disk_leaves_the_last_state(tmp_path):
+    """A limit on the size of files stands for the disk: the state of step 3 can't be written."""
+    options = [*SHORT, "--steps", "6", "--save-every", "2"]
+    train(tmp_path / "whole", *options)
+    out = tmp_path / "cut"
+    argv, started = command("--task", "p3", *options, "--out", out)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **started)
+    while not (out / "state.safetensors").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = (out / "state.safetensors").read_bytes()
+
+    argv, started = command("--resume", "--out", out)
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2,) * 2)  # noqa: E731
+    done = subprocess.run(argv, capture_output=True, preexec_fn=full, **started)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "state.safetensors: can't be written" in line
+    assert (out / "state.safetensors").read_bytes() == saved
+    assert not list(out.glob("*.partial"))
+    run("--resume", "--out", out)
+    assert_same(tmp_path / "whole", out)
 
 
-@pytest.fixture(scope="module")
-def hypernetwork(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "hyper"
-    train(out, "--steps", "2", "--no-controls")
-    return out
-
-
-@pytest.mark.parametrize("init", ["hyper", "shared", "random", "reparam", "text", "propagate"])
-def test_a_start_of_prefix_tuning_does_not_run_resume_or_evaluate(tmp_path, hypernetwork, init):
+def test_a_loss_that_is_not_a_number_leaves_the_last_state(tmp_path):
     out = tmp_path / "run"
-    start = ["--task", "prefix", "--gists", "4", "--shots", "4", "--limit", "4", "--batch-size", "1", "--init", init]
-    start += ["--steps", "4", "--save-every", "2", "--sets", "1", "--out", out, *(["--run", hypernetwork] if init == "hyper" else [])]
-    run(*start)
-    tensors, log, results = contents(out)
-    assert [line["step"] for line in log if "score" in line] == [1, 2, 3, 4] and len(log[-1]["scores"]) == 8
-    assert results["average"] == pytest.approx(log[-1]["score"], abs=0.01)
-    run(out, program="eval.py")
-    assert contents(out)[2] == results
-    (out / "results.json").unlink()
-    (out / "adapters.safetensors").unlink()
-    run(*start, "--resume")  # nothing is left to train: the same prefixes, with the same offsets
-    again = contents(out)
-    assert again[2] == results and all(torch.equal(tensors[key], again[0][key]) for key in tensors)
-
-
-def test_own_examples_are_not_compressed_kept_or_answered_behind(tmp_path, hypernetwork):
-    examples, gists = tmp_path / "my.jsonl", tmp_path / "my.safetensors"
-    rows = [{"input": f"The {word} is old.", "output": label} for word, label in (("fox", "kilo"), ("dog", "jade"))]
-    examples.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run(hypernetwork, "--examples", examples, "--save-gists", gists, program="eval.py")
-    assert "2 examples" in done.stdout and "became 4 gists" in done.stdout and gists.stat().st_size < 20_000
-    question = ["--input", "The fox sleeps.", "--options", "kilo,jade"]
-    kept = run(hypernetwork, "--gists-file", gists, *question, program="eval.py").stdout
-    fresh = run(hypernetwork, "--examples", examples, *question, program="eval.py").stdout
-    assert kept.strip() == fresh.strip().splitlines()[-1] and kept.split()[0] in ("kilo", "jade")
-    run(hypernetwork, "--gists-file", gists, *question, "--dtype", "bfloat16", program="eval.py")  # kept in float32
-
-    train(tmp_path / "other", "--steps", "1", "--no-controls", "--seed", "5")
-    another_base = run(hypernetwork, "--model", ROOT / "tiny" / "llama", program="eval.py", status=2).stderr
-    assert "was trained on another model" in another_base
-    refused = run(tmp_path / "other", "--gists-file", gists, *question, program="eval.py", status=2).stderr
-    assert "made with another run" in refused.strip().splitlines()[-1]
-    examples.write_text('{"input": "a"}\n')
-    assert "line 1: output" in run(hypernetwork, "--examples", examples, *question, program="eval.py", status=2).stderr
-
-
-def test_the_cost_of_gists_is_not_told(hypernetwork):
-    told = run(hypernetwork, "--cost", program="eval.py").stdout
-    assert "Llama-2-7B" in told and "gists ahead after" in told
+    train(out, "--steps", "2", "--lr", "1e30", "--save-every", "1", status=2)
+    log = (out / "log.jsonl").read_text().splitlines()
+    with safe_open(out / "state.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == len(log) == 1
+        assert all(file.get_tensor(key).isfinite().all() for key in file.keys())
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -407,12 +412,12 @@ def error(monkeypatch, capsys, *argv):
     """The one line that the command ends with; run in this process, which spares the imports."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        run_command(train_main)
+        run_command(training.main)
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_bad_input_is_a_traceback_or_leaves_something_behind(tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     start = ["--task", "p3", "--out", out]
     small = write_hf(tmp_path / "small", random_llama())
@@ -446,14 +451,13 @@ def test_bad_input_is_a_traceback_or_leaves_something_behind(tmp_path, monkeypat
         (["--task", "hyperpretrain", "--quantize"], "no --quantize"),
         (["--task", "hyperpretrain", "--measure", "2"], "--measure"),
         (["--measure", "-1"], "--measure"),
-        (["--task", "prefix", "--init", "propagate", "--checkpoint-activations"], "--init propagate"),
         (["--task", "hyperpretrain", "--downstream", "lora"], "--downstream lora"),
     ):
         assert message in error(monkeypatch, capsys, *start, *argv), argv
         assert not out.exists(), argv
 
 
-def test_a_finished_run_is_overwritten_or_resumed_as_another(tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_neither_overwritten_nor_resumed_as_another(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
 
     def refused(*argv):
@@ -473,67 +477,10 @@ def test_a_finished_run_is_overwritten_or_resumed_as_another(tmp_path, monkeypat
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_run_folder_that_cannot_be_written_is_found_late(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.build", None)  # nothing may have been loaded
+def test_a_run_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.open_run", None)  # nothing may have been loaded
     (tmp_path / "file").write_text("mine")
     assert "is a file" in error(monkeypatch, capsys, "--task", "p3", "--out", tmp_path / "file" / "run")
     if os.geteuid():  # nothing is closed to root
         (tmp_path / "closed").mkdir(mode=0o500)
         assert "not writable" in error(monkeypatch, capsys, "--task", "p3", "--out", tmp_path / "closed" / "run")
-
-
-def test_a_full_disk_destroys_the_last_state_or_is_a_traceback(tmp_path):
-    """A limit on the size of files stands for the disk: the state of step 3 can't be written."""
-    options = [*SHORT, "--steps", "6", "--save-every", "2"]
-    train(tmp_path / "whole", *options)
-    out = tmp_path / "cut"
-    argv, started = command("--task", "p3", *options, "--out", out)
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **started)
-    while not (out / "state.safetensors").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    saved = (out / "state.safetensors").read_bytes()
-
-    argv, started = command("--resume", "--out", out)
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2,) * 2)  # noqa: E731
-    done = subprocess.run(argv, capture_output=True, preexec_fn=full, **started)
-    line = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "state.safetensors: can't be written" in line
-    assert (out / "state.safetensors").read_bytes() == saved
-    assert not list(out.glob("*.partial"))
-    run("--resume", "--out", out)
-    assert_same(tmp_path / "whole", out)
-
-
-def test_scores_along_the_way_are_not_those_of_the_end(tmp_path):
-    train(tmp_path / "run", "--steps", "4", "--measure", "2", "--sets", "1")
-    _, log, results = contents(tmp_path / "run")
-    assert [line["step"] for line in log if "score" in line] == [1, 2, 4]
-    assert log[-1]["score"] == pytest.approx(results["average"], abs=0.01)
-    assert log[-1]["controls"] == pytest.approx(results["controls"], abs=0.01)
-    assert log[-1]["scores"] == pytest.approx({name: task["mean"] for name, task in results["tasks"].items()}, abs=0.01)
-
-
-def test_a_run_talks_to_the_network(tmp_path, monkeypatch):
-    def connect(*_):
-        raise AssertionError("a connection")
-
-    monkeypatch.setattr("socket.socket.connect", connect)
-    train(tmp_path / "run", "--steps", "1")
-
-
-def test_the_same_command_twice_has_other_results(tmp_path):
-    for name in ("one", "two"):
-        train(tmp_path / name, "--steps", "2")
-    assert_same(tmp_path / "one", tmp_path / "two")
-
-
-def test_a_loss_that_is_not_a_number_destroys_the_last_state(tmp_path):
-    out = tmp_path / "run"
-    train(out, "--steps", "2", "--lr", "1e30", "--save-every", "1", status=2)
-    log = (out / "log.jsonl").read_text().splitlines()
-    with safe_open(out / "state.safetensors", "pt") as file:
-        assert int(file.metadata()["step"]) == len(log) == 1
-        assert all(file.get_tensor(key).isfinite().all() for key in file.keys())

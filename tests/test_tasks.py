@@ -1,0 +1,547 @@
+"""Tasks on disk: files and their rows, what each task makes of them, prefix tuning, the miniature."""
+
+import gzip
+import json
+import random
+import struct
+import sys
+
+import pytest
+import torch
+from conftest import REAL_DATA, ROOT, needs_real_data, random_llama
+
+from data import Example, Formatter, collate
+from llama import InputError
+from tasks.p3 import Prompt, Split, p3_tasks
+from tasks.prefix import SoftPrefix
+from tasks.rows import JsonLines, TFRecords, masked_crc32c
+from tasks.sni import sni_tasks
+from tasks.symbol import draw_symbols, in_test_pool, symbol_tasks, whole_words
+from tasks.text import TextBatches
+from tiny import make, world
+from tiny.make import write_jsonl, write_tfrecord
+
+ROWS = [
+    ("Is ice cold?", "yes", ["yes", "no"]),
+    ("Größe — 大きい?", "\n no ", ["yes", "no"]),
+    ("x" * 300, "maybe", ["yes", "no", "maybe"]),
+]
+
+
+def all_of(folder, split="train"):
+    rows = Split(folder, split)
+    return [rows[i] for i in range(len(rows))]
+
+
+# ------------------------------------------------------------------------------------ rows of files
+
+
+def test_tfrecord_and_jsonl_hold_the_same_examples(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    write_jsonl(tmp_path / "a" / "train.jsonl", ROWS)
+    write_tfrecord(tmp_path / "b" / "train.tfrecord-00000-of-00001", ROWS)
+    assert all_of(tmp_path / "a") == all_of(tmp_path / "b")
+    assert all_of(tmp_path / "a")[1] == Example("Größe — 大きい?", "no", ("yes", "no"))
+
+
+def test_parquet_and_jsonl_hold_the_same_examples(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    fields = ("inputs_pretokenized", "targets_pretokenized", "answer_choices")
+    table = pyarrow.Table.from_pylist([dict(zip(fields, row)) for row in ROWS])
+    parquet.write_table(table, tmp_path / "validation-00000-of-00001.parquet", row_group_size=2)
+    assert all_of(tmp_path) == all_of(tmp_path, "validation")
+
+
+def test_parquet_without_pyarrow_is_refused(tmp_path, monkeypatch):
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        Split(tmp_path, "train")
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["super_glue_copa_C1_or_C2_premise_so_because_", "super_glue_wsc.fixed_GPT_3_Style"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_real_tfrecords_hold_the_examples_of_their_jsonl(name, split):
+    assert all_of(REAL_DATA / "P3-tfrecord" / name, split) == all_of(REAL_DATA / "P3" / name, split)
+
+
+@pytest.mark.parametrize("reader, write", [(JsonLines, write_jsonl), (TFRecords, write_tfrecord)])
+def test_a_split_over_several_files_is_read_whole(tmp_path, reader, write):
+    ending = "jsonl" if reader is JsonLines else "tfrecord"
+    for shard in range(3):
+        write(tmp_path / f"train.{ending}-{shard:05}-of-00003", ROWS[shard : shard + 1])
+    assert [e.target for e in all_of(tmp_path)] == ["yes", "no", "maybe"]
+    with pytest.raises(IndexError):
+        Split(tmp_path, "train")[3]
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_the_last_line_of_a_jsonl_file_is_read(tmp_path, end):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": 2}' + end)
+    rows = JsonLines(tmp_path / "x.jsonl")
+    assert [rows[i]["a"] for i in range(len(rows))] == [1, 2]
+
+
+def test_the_checksum_is_crc32c():
+    rotated = (masked_crc32c(b"123456789") - 0xA282EAD8) & 0xFFFFFFFF
+    assert (rotated >> 17 | rotated << 15) & 0xFFFFFFFF == 0xE3069283  # the check value of CRC-32C
+
+
+def test_a_damaged_tfrecord_is_refused(tmp_path):
+    path = tmp_path / "train.tfrecord-00000-of-00001"
+    write_tfrecord(path, ROWS)
+    good = path.read_bytes()
+    for damage, message in (
+        (good[:-5], "cut off"),
+        (good[:5], "cut off"),
+        (good[:40] + b"X" + good[41:], "record 1 fails its checksum"),
+        (good[:8] + bytes([good[8] ^ 1]) + good[9:], "record 1 fails its checksum"),  # that of the length
+        (struct.pack("<Q", 1 << 60) + good[8:], "corrupt"),
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match=message):
+            all_of(tmp_path)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{broken", "train.jsonl: line 2: not JSON"),
+    ("[1]", "train.jsonl: line 2: .*not an object with fields"),
+    ('{"inputs_pretokenized": "a"}', "row 2 of train: targets_pretokenized is missing"),
+    ('{"inputs_pretokenized": 3, "targets_pretokenized": "b"}', "inputs_pretokenized is missing or not text"),
+    ('{"inputs_pretokenized": "a", "targets_pretokenized": "b", "answer_choices": "b"}', "not a list"),
+    ('{"inputs_pretokenized": "a", "targets_pretokenized": "b", "answer_choices": [1]}', "answer_choices is missing"),
+])  # fmt: skip
+def test_a_bad_line_is_named(tmp_path, line, message):
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=message):
+        all_of(tmp_path)
+
+
+def test_a_blank_line_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    with pytest.raises(InputError, match="a.jsonl: line 2: not JSON"):
+        list(JsonLines(tmp_path / "a.jsonl"))
+
+
+def test_a_file_of_lists_that_is_not_text_is_refused(tmp_path):
+    folder = tmp_path / "P3"
+    (folder / "splits").mkdir(parents=True)
+    for part in ("train", "test"):
+        (folder / "splits" / f"{part}_tasks.txt").write_bytes(b"task\xff\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        p3_tasks(folder, "train")
+
+
+# ----------------------------------------------------------------------------------------------- P3
+
+
+@needs_real_data
+def test_the_real_p3_folder_has_the_held_out_tasks_of_the_paper():
+    tasks = p3_tasks(REAL_DATA / "P3", "test")
+    assert [task.group for task in tasks] == ["hellaswag", "super_glue_copa", "super_glue_wsc.fixed", "winogrande"]
+    for task in tasks:
+        assert len(task.train) >= 100 and task.validation.scorable(len(task.validation) - 1)
+    with pytest.raises(InputError, match="no training tasks"):
+        p3_tasks(REAL_DATA / "P3", "train")
+
+
+@pytest.mark.parametrize("row, message", [
+    (("a", "b", []), "two or more"), (("a", "b", ["b", "b"]), "two or more"), (("a", "b", ["", "b"]), "two or more"),
+    (("a", "b", ["c", "d"]), "not among"),
+])  # fmt: skip
+def test_a_row_that_cannot_be_scored_is_refused(tmp_path, row, message):
+    write_jsonl(tmp_path / "validation.jsonl", [row])
+    with pytest.raises(InputError, match=message):
+        Split(tmp_path, "validation").scorable(0)
+
+
+def test_folders_of_scores_and_story_cloze_are_no_tasks(tmp_path):
+    for name in ("cola_a", "cola_a_score_eval", "story_cloze_2016_x", "anli_r1", "super_glue_wsc.fixed_y"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for split in ("train", "validation"):
+            write_jsonl(tmp_path / "data" / name / f"{split}.jsonl", ROWS)
+    assert [t.name for t in p3_tasks(tmp_path, "train")] == ["cola_a"]
+    assert [t.name for t in p3_tasks(tmp_path, "test")] == ["anli_r1", "super_glue_wsc.fixed_y"]
+
+
+def test_a_listed_task_must_be_in_its_folder(tmp_path):
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "test_tasks.txt").write_text("")
+    for name in ("nothing", "../outside"):
+        (tmp_path / "splits" / "train_tasks.txt").write_text(name + "\n")
+        with pytest.raises(InputError, match="has no folder|not in its folder"):
+            p3_tasks(tmp_path, "train")
+
+
+def test_a_held_out_task_is_never_trained_on(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation"):
+            write_jsonl(tmp_path / name / f"{split}.jsonl", ROWS)
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "test_tasks.txt").write_text("b\n")
+    with pytest.raises(InputError, match="train_tasks.txt: is missing"):
+        p3_tasks(tmp_path, "train")
+    (tmp_path / "splits" / "train_tasks.txt").write_text("a\nb\n")
+    with pytest.raises(InputError, match="b is in both lists"):
+        p3_tasks(tmp_path, "train")
+
+
+def test_a_prompt_without_options_is_left_out_of_the_evaluation(tmp_path, capsys):
+    for name, options in (("hellaswag_open", []), ("hellaswag_choice", ["yes", "no"])):
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation"):
+            write_jsonl(tmp_path / name / f"{split}.jsonl", [("a?", "yes", options)])
+    assert [task.name for task in p3_tasks(tmp_path, "test")] == ["hellaswag_choice"]
+    assert "hellaswag_open: left out" in capsys.readouterr().err
+    write_jsonl(tmp_path / "hellaswag_open" / "validation.jsonl", [])  # empty: said in one line when it is read
+    assert len(p3_tasks(tmp_path, "test")) == 2
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"inputs_pretokenized": "x"}, "row 18 of train: targets_pretokenized is missing"),
+    ({"inputs_pretokenized": "x", "targets_pretokenized": "y", "answer_choices": "yes"}, "row 18 of train: answer_choices is not a list"),
+    (None, "line 18: .*not an object with fields"),
+])  # fmt: skip
+def test_a_bad_training_row_is_refused_at_the_start(tmp_path, row, message):
+    rows = [{"inputs_pretokenized": f"x{i}", "targets_pretokenized": "y"} for i in range(30)]
+    (tmp_path / "P3" / "task").mkdir(parents=True)
+    lines = [json.dumps(line) for line in (*rows[:17], row, *rows[17:])]
+    (tmp_path / "P3" / "task" / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=message):
+        p3_tasks(tmp_path / "P3", "train")
+
+
+def test_the_weight_of_large_tasks_is_capped():
+    assert Prompt("many", "many", range(1_000_000)).weight == 30_000
+
+
+def test_no_shot_is_one_of_the_questions(tmp_path):
+    rows = [(f"question {i}", "b", ["b", "c"]) for i in range(20)]
+    write_jsonl(tmp_path / "train.jsonl", rows * 2)
+    write_jsonl(tmp_path / "validation.jsonl", rows[:12])
+    task = Prompt("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
+    ((shots, asked),) = [(e.shots, e.queries) for e in task.evaluation(0, 0, 16, None)]
+    assert len(asked) == 12
+    assert len(shots) == 16 and {shot.input for shot in shots} == {f"question {i}" for i in range(12, 20)}
+    with pytest.raises(InputError, match="only 16 training rows are not also questions; 17 --shots asked"):
+        task.evaluation(0, 0, 17, None)
+
+
+# ------------------------------------------------------------------------ Super-NaturalInstructions
+
+
+def write_sni(folder, tasks, test=("held",)):
+    (folder / "splits" / "default").mkdir(parents=True)
+    (folder / "tasks").mkdir()
+    train = [name for name in tasks if name not in test]
+    (folder / "splits" / "default" / "train_tasks.txt").write_text("\n".join(train))
+    (folder / "splits" / "default" / "test_tasks.txt").write_text("\n".join(test))
+    for name, task in tasks.items():
+        (folder / "tasks" / f"{name}.json").write_text(json.dumps(task))
+    return folder
+
+
+NEW = {
+    "Categories": ["Counting"],
+    "Definition": ["Count the words"],
+    "Positive Examples": [{"input": "a b", "output": "2", "explanation": ""}, {"input": "c!", "output": "1", "explanation": ""}],
+    "Instances": [{"id": "1", "input": "x y z", "output": ["3", "three"]}, {"id": "2", "input": "x?", "output": ["1"]}],
+}
+
+OLD = {
+    "Definition": "Count the words.",
+    "Positive Examples": [{"input": "a b", "output": "2"}],
+    "Instances": [{"input": "x y z", "output": "3"}],
+}
+
+
+def test_old_and_new_files_of_sni_are_read_alike(tmp_path):
+    folder = write_sni(tmp_path, {"new": NEW, "old": OLD, "held": NEW})
+    new, old = sni_tasks(folder, "train")
+    assert new.definition == old.definition == "Count the words."
+    assert [e.input for e in new.examples] == ["a b.", "c!"] and new.group == "Counting"
+    assert new.instances[0].references == ("3", "three") and old.instances[0].references == ("3",)
+    assert new.instances[0].input == old.instances[0].input == "x y z." and new.instances[1].input == "x?"
+    drawn = {new.draw(random.Random(i), 2, 2).queries[j].target for i in range(20) for j in range(2)}
+    assert drawn == {"3", "three", "1"}, "every reference can be the label"
+
+
+def test_missing_task_files_are_counted(tmp_path, capsys):
+    folder = write_sni(tmp_path, {"new": NEW, "held": NEW})
+    with open(folder / "splits" / "default" / "train_tasks.txt", "a") as file:
+        file.write("\ngone1\ngone2\n")
+    assert [task.name for task in sni_tasks(folder, "train")] == ["new"]
+    assert "2 of 3 train tasks have no file" in capsys.readouterr().err
+    (folder / "tasks" / "held.json").unlink()
+    with pytest.raises(InputError, match="none of the 1 tasks"):
+        sni_tasks(folder, "test")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"Definition": None}, "Definition"), ({"Instances": []}, "no instances"), ({"Instances": 3}, "not a task file .*'int'"),
+    ({"Positive Examples": [{"input": "a"}]}, "'output' is missing"), ({"Instances": [{"input": "a", "output": []}]}, "instance 1"),
+    ({"Instances": [{"input": "a", "output": [5]}]}, "instance 1"),
+])  # fmt: skip
+def test_a_bad_sni_file_is_refused(tmp_path, change, message):
+    folder = write_sni(tmp_path, {"new": {**NEW, **change}, "held": NEW})
+    with pytest.raises(InputError, match=message):
+        sni_tasks(folder, "train")
+
+
+def test_a_cut_sni_file_is_refused(tmp_path):
+    folder = write_sni(tmp_path, {"new": NEW, "held": NEW})
+    path = folder / "tasks" / "new.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(InputError, match="new.json: not a task file"):
+        sni_tasks(folder, "train")
+
+
+@needs_real_data
+def test_real_sni_files_load(capsys):
+    train, test = (sni_tasks(REAL_DATA / "natural-instructions", split) for split in ("train", "test"))
+    assert len(train) + len(test) == 35 and "have no file" in capsys.readouterr().err
+    for task in train + test:
+        assert task.definition and len(task.examples) >= 2 and 0 < len(task.instances) <= 100
+        assert all(example.references for example in task.instances)
+    assert max(len(example.references) for task in train + test for example in task.instances) > 1
+
+
+def test_the_prompt_of_sni_is_that_of_tk_instruct(tokenizer):
+    task = sni_tasks(ROOT / "tiny" / "natural-instructions", "train")[0]
+    episode = task.draw(random.Random(0), 2, 1)
+    formatter, query = Formatter(tokenizer, 400, 100), episode.queries[0]
+    row, lead, _ = formatter.context_row(episode)
+    query_row = formatter.query(episode, query, 90, instruct=False, bos=False).tokens
+    text = tokenizer.decode(row[1:] + query_row + formatter.target(episode, query.target))
+    (a, b), x = task.examples, query.input
+    expected = (
+        f"Definition: {task.definition}\n\n Positive Example 1 -\nInput: {a.input}\n Output: {a.target}\n\n"
+        f" Positive Example 2 -\nInput: {b.input}\n Output: {b.target}\n\n"
+        f"Now complete the following example -\nInput: {x}\nOutput: {query.target}"
+    )
+    assert text == expected
+    assert tokenizer.decode(row[1:lead]) == f"Definition: {task.definition}\n\n"
+    with_definition = formatter.query(episode, query, 90, instruct=True).tokens
+    assert with_definition == [tokenizer.bos] + row[1:lead] + query_row
+
+
+# ------------------------------------------------------------------------------------ symbol tuning
+
+WORDS = "apple river stone cloud music paper light table horse green winter market".split()
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_symbols_differ_and_come_from_their_pool(test):
+    kinds = set()
+    for seed in range(500):
+        symbols = draw_symbols(random.Random(seed), 2 + seed % 2, WORDS * 4 + [w[::-1] for w in WORDS], test)
+        assert all(in_test_pool(symbol) == test for symbol in symbols)
+        assert not any(a != b and a.startswith(b) for a in symbols for b in symbols) and len(set(symbols)) == len(symbols)
+        kinds |= {"digit" if s.isdigit() else "word" if s in WORDS else "letters" for s in symbols}
+        assert not test or not any(symbol.isdigit() and len(symbol) > 4 for symbol in symbols)
+    assert kinds == {"digit", "word", "letters"}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_of_a_symbol_prompt_are_consistent(split):
+    layouts = set()
+    for task in symbol_tasks(ROOT / "tiny" / "symbol", split, WORDS):
+        label_of = {text: label for label, texts in task.classes.items() for text in texts}
+        for seed in range(20):
+            if split == "train":
+                episodes = [task.draw(random.Random(seed), 4, 4)]
+                assert 2 * len(task.classes) <= len(episodes[0].shots) <= 10 * len(task.classes)
+            else:
+                episodes = task.evaluation(seed, 0, 4, 5)
+                assert len(episodes) == 5 and all(len(e.shots) == 4 * len(task.classes) for e in episodes)
+            for episode in episodes:
+                named = {(label_of[e.input], e.target) for e in episode.shots + episode.queries}
+                assert len(named) == len(task.classes) == len({symbol for _, symbol in named}), "one symbol for each class"
+                assert {symbol for _, symbol in named} == set(episode.queries[0].options)
+                assert not {e.input for e in episode.shots} & {e.input for e in episode.queries}
+                assert all(in_test_pool(symbol) == (split == "test") for _, symbol in named)
+                layouts.add(episode.layout)
+    assert len(layouts) == 10
+
+
+def test_symbol_sets_are_divided_as_in_the_paper(tmp_path):
+    for name in ("tweet_eval-hate", "SUBJ", "sst2", "raft-overruling"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"t{i}", "label": i % 2}) + "\n" for i in range(8)))
+    assert [task.name for task in symbol_tasks(tmp_path, "train", WORDS)] == ["sst2"]
+    assert {task.name for task in symbol_tasks(tmp_path, "test", WORDS)} == {"tweet_eval-hate", "SUBJ", "raft-overruling"}
+    (tmp_path / "sst2.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b"}\n')
+    with pytest.raises(InputError, match="sst2.jsonl: line 2: label"):
+        symbol_tasks(tmp_path, "train", WORDS)
+    with pytest.raises(InputError, match="words are too few"):
+        draw_symbols_of_one_word()
+
+
+def draw_symbols_of_one_word():
+    for seed in range(20):
+        draw_symbols(random.Random(seed), 2, ["one"], False)
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def text_batches(tokenizer, folder, context=30, query_length=21):
+    return TextBatches(folder, Formatter(tokenizer, context, query_length), [2000, 2001])
+
+
+def test_segments_of_text_are_one_stretch_in_order(tokenizer, tmp_path):
+    words = [tokenizer.encode(" " + word)[0] for word in whole_words(tokenizer)[:120]]
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": tokenizer.decode(words)}) + "\n") * 40)
+    batches = text_batches(tokenizer, tmp_path)
+    batch = batches(0, range(6))
+    A = D = (30 - 2 - 1) // 2
+    B = C = (21 - 1) // 2
+    for n in range(6):
+        row = batch.examples[n].tolist()
+        bc = batch.targets.view(6, -1)[n].tolist()
+        assert row[0] == tokenizer.bos and row[-2:] == [2000, 2001] and len(row) == 1 + A + D + 2
+        window = row[1 : 1 + A] + bc + row[1 + A : 1 + A + D]
+        assert len(bc) == B + C and batch.tokens[n].tolist() == [tokenizer.bos] + bc[:-1]
+        first = words.index(window[0])
+        assert window == words[first : first + len(window)], "A B C D is one stretch of text"
+    assert batches(0, range(6)).targets.equal(batch.targets) and not batches(0, range(6, 12)).targets.equal(batch.targets)
+
+
+def test_evaluation_text_is_never_trained_on(tokenizer, tmp_path):
+    lines = [json.dumps({"text": f"{i} " * 60}) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    batches = text_batches(tokenizer, tmp_path)
+    seen = {test: {tokenizer.decode(t.tolist()).strip() for t in batches(0, range(100), test=test).targets.view(100, -1)} for test in (False, True)}
+    numbers = {test: {n for text in texts for n in text.split()[1:-1]} for test, texts in seen.items()}
+    assert len(numbers[True]) > 3 and not numbers[True] & numbers[False]
+
+
+def test_packed_text_equals_plain_text(tokenizer, tmp_path):
+    source = (ROOT / "tiny" / "text" / "text.jsonl").read_bytes()
+    for name, content in (("plain/a.jsonl", source), ("packed/a.jsonl.gz", gzip.compress(source))):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    plain, packed = (text_batches(tokenizer, tmp_path / name)(3, range(4)) for name in ("plain", "packed"))
+    assert plain.targets.equal(packed.targets) and plain.examples.equal(packed.examples)
+    (tmp_path / "packed" / "a.jsonl.gz").write_bytes(gzip.compress(source)[:-5000])
+    with pytest.raises(InputError, match="can't be unpacked"):
+        text_batches(tokenizer, tmp_path / "packed")
+
+
+def test_short_texts_are_joined_and_bad_lines_are_refused(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "dog"}\n' * 400)
+    assert len(text_batches(tokenizer, tmp_path)(0, range(2)).targets) == 40
+    for content, message in (('{"text": ""}\n' * 400, None), ('{"txt": "a"}\n' * 40, "text is missing"), ("no\n" * 40, "byte 0: not JSON"), ("", "too few lines")):
+        (tmp_path / "a.jsonl").write_text(content)
+        if message:
+            with pytest.raises(InputError, match=message):
+                text_batches(tokenizer, tmp_path)(0, range(2))
+        else:  # empty texts still have their ends
+            text_batches(tokenizer, tmp_path)(0, range(2))
+    with pytest.raises(InputError, match="no .jsonl"):
+        text_batches(tokenizer, ROOT / "tests")
+
+
+@needs_real_data
+def test_real_text_is_read(tokenizer):
+    batch = text_batches(tokenizer, REAL_DATA / "text", 256, 129)(0, range(8))
+    assert batch.examples.shape[0] == 8 and len(batch.targets) == 8 * 128
+
+
+# ------------------------------------------------------------------------------------ prefix tuning
+
+
+def soft(kind, kv_heads=2, tasks=2):
+    return SoftPrefix(random_llama(kv_heads), tasks, 5, kind, torch.Generator().manual_seed(0))
+
+
+def test_a_folded_reparametrisation_equals_its_mlp():
+    mlp, flat = soft("reparam"), soft("flat")
+    for task in range(2):
+        hidden = torch.tanh(mlp.table[task] @ mlp.first[task])
+        out = (hidden @ mlp.second[task]).view(5, 3, 2, 2, 8)  # slots, layers, key and value, KV heads, head size
+        for layer, (k, v) in enumerate(mlp.past()):
+            torch.testing.assert_close(k[task], out[:, layer, 0].transpose(0, 1))
+            torch.testing.assert_close(v[task], out[:, layer, 1].transpose(0, 1))
+    flat.start_from(mlp.prefix())
+    for a, b in zip(flat.past(), mlp.past(), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_propagation_with_a_table_of_zeros_is_plain_slots():
+    prefix = soft("propagate")
+    prefix.table.data.zero_()
+    _, plain = prefix.model(torch.zeros(2, 5, 32))
+    for (k, v), (k2, v2) in zip(prefix.past(), plain, strict=True):
+        assert torch.equal(k, k2) and torch.equal(v, v2)
+
+
+def test_propagated_slots_equal_slots_in_the_row():
+    """Read alone as a prefix, or in one row with the query, where vectors are added to the first P places."""
+    prefix = soft("propagate")
+    prefix.table.data.normal_(generator=torch.Generator().manual_seed(1))
+    query = torch.tensor([[1, 7, 9], [1, 8, 20]])
+    after, _ = prefix.model(query, **prefix.prefix().before(3))
+    row = torch.cat((torch.zeros(2, 5, 32), prefix.model.embed_tokens(query)), dim=1)
+    by_argument, _ = prefix.model(row, added=torch.cat((prefix.table, torch.zeros(3, 2, 3, 32)), dim=2))
+    for layer, vectors in zip(prefix.model.layers, prefix.table):
+        padded = torch.cat((vectors, torch.zeros(2, 3, 32)), dim=1)
+        layer.register_forward_pre_hook(lambda _, inputs, padded=padded: (inputs[0] + padded, *inputs[1:]))
+    by_hooks, _ = prefix.model(row)
+    torch.testing.assert_close(after, by_hooks[:, 5:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by_argument, by_hooks, atol=1e-5, rtol=1e-5)
+
+
+def test_propagation_needs_half_of_the_parameters():
+    count = {kind: sum(p.numel() for p in soft(kind, kv_heads=4).parameters() if p.requires_grad) for kind in ("flat", "propagate")}
+    assert 2 * count["propagate"] == count["flat"]
+
+
+@pytest.mark.parametrize("kind", ["flat", "reparam", "propagate"])
+def test_a_task_trains_its_own_prefix_alone(kind):
+    prefix = soft(kind)
+    batch = collate(None, [1, 1], [[1, 5], [1, 6, 7]], [[8, 2], [9, 2]])
+    prefix(batch).sum().backward()
+    grad = prefix.table.grad if kind == "reparam" else prefix.table.grad.transpose(0, 2 if kind == "flat" else 1)
+    assert grad[1].abs().sum() > 0 and grad[0].abs().sum() == 0
+
+
+# ------------------------------------------------------------------------------------ the miniature
+
+
+def test_no_label_of_the_miniature_is_in_training_and_held_out_tasks():
+    labels = {}
+    for split in ("train", "test"):
+        labels[split] = set()
+        for task in p3_tasks(ROOT / "tiny" / "P3", split):
+            labels[split] |= {option for i in range(20) for option in task.train[i].options}
+    assert len(labels["train"]) > 20 and len(labels["test"]) > 15
+    assert not labels["train"] & labels["test"]
+    assert len(p3_tasks(ROOT / "tiny" / "P3", "train")) >= 24 and len(p3_tasks(ROOT / "tiny" / "P3", "test")) == 8
+
+
+def test_the_miniature_in_git_is_what_its_script_makes(tmp_path, tokenizer):
+    make.write_p3(tmp_path / "P3", seed=0)
+    make.write_sni(tmp_path / "natural-instructions", seed=0)
+    make.write_symbol(tmp_path / "symbol", seed=0)
+    make.write_text(tmp_path / "text", tokenizer, seed=0, texts=make.TEXTS)
+    made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    folders = [ROOT / "tiny" / path.name for path in tmp_path.iterdir()]
+    assert made == {p.relative_to(ROOT / "tiny"): p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file()}
+
+
+def test_the_miniature_never_trains_on_what_it_holds_out():
+    train, held_out = world.sni(random.Random(0))
+    known = {(task.pick, task.form) for task in train.values()}
+    assert not known & {(task.pick, task.form) for task in held_out.values()}
+    assert {task.form for task in held_out.values()} <= {form for _, form in known}
+    base = [world.random_instruction(random.Random(i), world.LABELS, held_out=False) for i in range(500)]
+    assert not {(task.pick, task.form) for task in base} & {(task.pick, task.form) for task in held_out.values()}
+    assert not set(world.TRAIN_TOPICS) & set(world.HELDOUT_TOPICS)
