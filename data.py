@@ -111,7 +111,7 @@ class Formatter:
         if not episode.instruction:
             return Row([], 0, Counter())
         tokens = self.tokenizer.encode(episode.layout.instruction.format(episode.instruction))
-        return Row(tokens[: budget // 2], 0, Counter({"instructions": 1, "instructions cut": len(tokens) > budget // 2}))
+        return Row(tokens[: budget // 2], 0, Counter({"instructions": 1, "instructions cut": int(len(tokens) > budget // 2)}))
 
     def context_row(self, episode: Episode, end: Sequence[int] = (), budget: int | None = None) -> Row:
         """BOS, instruction, as many whole examples as fit into the budget, then `end` (the gists, say)."""
@@ -122,23 +122,29 @@ class Formatter:
         for n, example in enumerate(episode.shots, 1):
             more = self.tokenizer.encode(episode.layout.example(n, example))
             fits = len(tokens) + len(more) + len(end) <= budget
-            left_out.update({"shots": 1, "shots left out": not fits})
+            left_out.update({"shots": 1, "shots left out": int(not fits)})
             tokens += more if fits else []
         return Row(tokens + list(end), lead, left_out)
 
     def target(self, episode: Episode, text: str) -> list[int]:
         return self.tokenizer.encode(episode.layout.space + text)
 
-    def query(self, episode: Episode, example: Example, budget: int, instruct: bool, bos: bool = True) -> Row:
-        """The prompt of a query; `instruct`: after the instruction. What is too long loses the beginning of its input."""
-        layout = episode.layout
-        instruction, _, left_out = self.instruction(episode, budget) if instruct else Row([], 0, Counter())
+    def query(self, episode: Episode, example: Example, budget: int, instruct: str = "no", bos: bool = True) -> Row:
+        """The prompt of a query, in so many tokens. What is too long loses the beginning of its input.
+
+        instruct: "inside", the instruction takes up to half of the budget; "before", it has as much
+        room of its own as a hypernetwork would read it in; "no".
+        """
+        layout, instruction, left_out = episode.layout, [], Counter()
+        if instruct != "no":
+            instruction, _, left_out = self.instruction(episode, budget if instruct == "inside" else self.context)
+            budget += len(instruction) * (instruct == "before")
         start = [self.tokenizer.bos] * bos + instruction + self.tokenizer.encode(layout.head)
         text, end = self.tokenizer.encode(layout.space + example.input), self.tokenizer.encode(layout.tail)
         room = budget - len(start) - len(end)
         if room < 0:
             raise InputError(f"{budget} tokens leave no room for a query: its target or options are too long for it")
-        left_out.update({"queries": 1, "queries cut": len(text) > room})
+        left_out.update({"queries": 1, "queries cut": int(len(text) > room)})
         return Row(start + text[max(0, len(text) - room) :] + end, 0, left_out)
 
     def fitting(self, draw: Callable[[], Episode]) -> tuple[Episode, Counter[str]]:
@@ -148,7 +154,7 @@ class Formatter:
             episode, queries = draw(), []
             for query in episode.queries:
                 fits = len(self.tokenizer.encode(query.target)) + ROOM_FOR_QUERY <= self.query_length
-                left_out.update({"targets": 1, "targets left out": not fits})
+                left_out.update({"targets": 1, "targets left out": int(not fits)})
                 queries += [query] * fits
             if queries:
                 return replace(episode, queries=queries), left_out
@@ -181,6 +187,7 @@ class Batch:
     targets   [M] the tokens to predict there
     read      tokens read, padding left out: for tokens/s
     left_out  what didn't fit, counted
+    plain     the same text as an ordinary language model reads it, or None (hyperpretraining)
     """
 
     examples: Tensor | None
@@ -191,9 +198,11 @@ class Batch:
     targets: Tensor
     read: int
     left_out: Counter[str] = field(default_factory=Counter)
+    plain: "Batch | None" = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved, plain=self.plain and self.plain.to(device))
 
 
 def collate(
@@ -277,8 +286,9 @@ class EpisodeBatches:
         """What comes before a target of so many tokens."""
         budget = self.formatter.query_length - target
         if self.method != "fewshot":
-            return self.formatter.query(episode, query, budget, self.instruct or self.method == "zeroshot")
-        end = self.formatter.query(episode, query, budget, instruct=False, bos=False)
+            instruct = "before" if self.method == "zeroshot" else "inside" if self.instruct else "no"
+            return self.formatter.query(episode, query, budget, instruct)
+        end = self.formatter.query(episode, query, budget, bos=False)
         row = self.formatter.context_row(episode, end.tokens, self.formatter.context - target)
         return row._replace(left_out=row.left_out + end.left_out)
 

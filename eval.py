@@ -9,29 +9,29 @@ what they are (`COLUMNS`).
 """
 
 import argparse
+import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Episode, Formatter, Row, Task, collate, report
-from gist import Gists, HyperLlama, combine, mean_pooled, read_rows
-from llama import InputError, Llama, Tokenizer, generate, holes_mask, ragged, read_config, read_prompts
+from gist import Gists, combine, mean_pooled, read_rows
+from llama import InputError, Llama, generate, holes_mask, ragged, read_prompts, reading
 from lora import write_json
-from tasks import EVALUATION, MOVABLE, TASKS, Parser, add_options, read_args, settle
+from tasks import EVALUATION, MAX_NEW_TOKENS, MOVABLE, TASKS, Parser, Run, add_options, open_run, portable, read_args, settle
 
-# ------------------------------------------------------------------------- two ways to score an answer
+# ------------------------------------------------------------------------------- options, ranked
 
 
 @torch.no_grad()
@@ -71,36 +71,7 @@ def score_options(
     return [[next(values) / (len(option) if mean else 1) for option in choices] for choices in options]
 
 
-@cache
-def rouge_scorer():
-    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and only needed here
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L F1 in percent against the best reference, as Super-NaturalInstructions scores."""
-    return 100 * max(rouge_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references)
-
-
 # ------------------------------------------------------------------------------------ what is compared
-
-
-@dataclass
-class Run:
-    """A model and how it is asked."""
-
-    args: argparse.Namespace
-    hyper: HyperLlama
-    formatter: Formatter
-
-    @property
-    def task(self) -> ModuleType:
-        return TASKS[self.args.task]
-
-    @property
-    def device(self) -> torch.device:
-        return self.hyper.model.embed_tokens.weight.device
 
 
 @dataclass(frozen=True)
@@ -109,7 +80,8 @@ class Column:
 
     prefix    what comes before the query: a function below, of (run, episodes, number of the task, LoRA set); None: nothing
     trained   whether the run's own LoRA set answers; else the base does
-    instruct  whether the instruction stands in the query itself; None: as --instruction-downstream says
+    instruct  whether and where the instruction stands in the query itself ("no", "inside", "before": Formatter.query);
+              None: as --instruction-downstream says
     other     whether the prefix is that of another task
     bos       where the examples' own BOS stands in front, a query has none
     """
@@ -117,9 +89,19 @@ class Column:
     title: str
     prefix: Callable | None
     trained: bool = True
-    instruct: bool | None = None
+    instruct: str | None = None
     other: bool = False
     bos: bool = True
+
+    def asks(self, run: Run) -> str:
+        return self.instruct or ("inside" if run.args.instruction_downstream else "no")
+
+    def same(self, run: Run, column: "Column", instructed: bool) -> bool:
+        """Whether another column asks and answers in the same way: with a frozen downstream model, no prefix is 0-shot."""
+        mine, theirs = (
+            (c.prefix, run.hyper.answerer if c.trained else None, c.other, c.bos, instructed and c.asks(run)) for c in (self, column)
+        )
+        return mine == theirs
 
 
 @torch.no_grad()
@@ -160,18 +142,18 @@ def pooled(run: Run, episodes: list[Episode], t: int, adapter: str | None) -> Gi
 
 MAIN = {
     "hyper": Column("hyper", compressed),
-    "fewshot": Column("fewshot", in_context, instruct=False, bos=False),
-    "zeroshot": Column("zeroshot", None, instruct=True),
+    "fewshot": Column("fewshot", in_context, instruct="no", bos=False),
+    "zeroshot": Column("zeroshot", None, instruct="before"),
 }
 BASELINES = {  # the untouched model
-    "zeroshot": Column("0-shot", None, trained=False, instruct=True),
-    "fewshot": Column("{shots}-shot", in_context, trained=False, instruct=False, bos=False),
+    "zeroshot": Column("0-shot", None, trained=False, instruct="before"),
+    "fewshot": Column("{shots}-shot", in_context, trained=False, instruct="no", bos=False),
 }
 CONTROLS = {  # of a hypernetwork
     "no_prefix": Column("no prefix", None),
     "other_task": Column("other task", compressed, other=True),
     "mean_pooled": Column("mean-pooled", pooled),
-    "fewer_shots": Column("fewer shots", fewer, trained=False, instruct=False, bos=False),
+    "fewer_shots": Column("fewer shots", fewer, trained=False, instruct="no", bos=False),
 }
 TITLES = {name: column.title for name, column in (BASELINES | CONTROLS).items()}
 TITLES |= {"main": "{method}", "copy_input": "copy input", "copy_example": "copy example"}
@@ -191,7 +173,7 @@ def columns(run: Run, tasks: Sequence[Task]) -> dict[str, Column]:
 # -------------------------------------------------------------------------------------- queries, scored
 
 
-def ask(formatter: Formatter, episode: Episode, instruct: bool, bos: bool = True) -> tuple[list[Row], list[list[list[int]]]]:
+def ask(formatter: Formatter, episode: Episode, instruct: str = "no", bos: bool = True) -> tuple[list[Row], list[list[list[int]]]]:
     """An episode's queries as tokens: prompts, and the options of each (none where answers are generated)."""
     options, prompts = [], []
     for query in episode.queries:
@@ -203,18 +185,24 @@ def ask(formatter: Formatter, episode: Episode, instruct: bool, bos: bool = True
 
 def longest(formatter: Formatter, episode: Episode) -> int:
     """Tokens that the longest query of an episode needs after examples in context, with its longest option."""
-    prompts, options = ask(formatter, episode, instruct=False, bos=False)
+    prompts, options = ask(formatter, episode, instruct="no", bos=False)
     return max(len(p.tokens) + max(map(len, choices), default=0) for p, choices in zip(prompts, options))
 
 
-@torch.no_grad()
 def score(run: Run, column: Column, episodes: list[Episode], others: list[Episode], t: int = 0) -> list[float]:
-    """A score in percent for each query of task number t: whether the best-scored option is right, or ROUGE-L.
+    """A score in percent for each query of task number t: whether the best-scored option is right, or ROUGE-L."""
+    queries = [query for episode in episodes for query in episode.queries]
+    return [run.task.score(answer, query) for answer, query in zip(respond(run, column, episodes, others, t), queries)]
+
+
+@torch.no_grad()
+def respond(run: Run, column: Column, episodes: list[Episode], others: list[Episode], t: int = 0) -> list[str]:
+    """The answer to each query of task number t: its best-scored option, or what the model writes.
 
     others: episodes of another task, whose prefix a control takes.
     """
-    size, scores, adapter = run.args.eval_batch_size, [], run.hyper.answerer if column.trained else None
-    instruct = run.args.instruction_downstream if column.instruct is None else column.instruct
+    size, answers, adapter = run.args.eval_batch_size, [], run.hyper.answerer if column.trained else None
+    instruct = column.asks(run)
     for start in range(0, len(episodes), size):
         part = episodes[start : start + size]
         source = [others[i % len(others)] for i in range(start, start + len(part))] if column.other else part
@@ -222,25 +210,23 @@ def score(run: Run, column: Column, episodes: list[Episode], others: list[Episod
         queries = [(e, query) for e, episode in enumerate(part) for query in episode.queries]
         asked = [ask(run.formatter, episode, instruct, column.bos) for episode in part]
         prompts, options = [p.tokens for ps, _ in asked for p in ps], [choices for _, cs in asked for choices in cs]
-        values = [0.0] * len(queries)
+        written = [""] * len(queries)
         order = sorted(range(len(queries)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
         for rows in (order[i : i + size] for i in range(0, len(order), size)):
             before = prefix and prefix[torch.tensor([queries[i][0] for i in rows], device=run.device)]
             now, given = [queries[i][1] for i in rows], [prompts[i] for i in rows]
             if now[0].options:
-                found = score_options(run.hyper.model, given, [options[i] for i in rows], before, adapter, run.args.score == "mean")
-                answers = [query.options[row.index(max(row))] for query, row in zip(now, found)]
-                right = [100.0 * (answer == query.target) for answer, query in zip(answers, now)]
+                scores = score_options(run.hyper.model, given, [options[i] for i in rows], before, adapter, run.args.score == "mean")
+                for query, row in zip(now, scores):
+                    if not all(map(math.isfinite, row)):
+                        raise InputError(f"the scores of {query.input[-80:]!r} aren't finite: the model or its adapters hold NaN or inf")
+                texts = [query.options[row.index(max(row))] for query, row in zip(now, scores)]
             else:
-                answers = write_answers(run, part[0], given, before, adapter)
-                right = [rouge_l(answer, query.references) for answer, query in zip(answers, now)]
-            for i, value in zip(rows, right):
-                values[i] = value
-        scores += values
-    return scores
-
-
-MAX_NEW_TOKENS = 128  # of a generated answer
+                texts = write_answers(run, part[0], given, before, adapter)
+            for i, text in zip(rows, texts):
+                written[i] = text
+        answers += written
+    return answers
 
 
 def write_answers(run: Run, episode: Episode, prompts: list[list[int]], prefix: Gists | None, adapter: str | None) -> list[str]:
@@ -259,11 +245,12 @@ Draws = list[list[list[Episode]]]  # draw of examples -> task -> episodes
 
 @dataclass
 class HeldOut:
-    """Tasks to evaluate on, with their episodes; and what of these didn't fit."""
+    """Tasks to evaluate on, with their episodes; what of these didn't fit; how many examples could be read, per task, on average."""
 
     tasks: Sequence[Task]
     episodes: Draws
     left_out: Counter[str]
+    shots: list[dict[str, float]]
 
     @property
     def sizes(self) -> list[int]:
@@ -278,57 +265,88 @@ class HeldOut:
 
 def prepare(run: Run, tasks: Sequence[Task]) -> HeldOut:
     """Draw the episodes. Done before training, a bad row, or a query that can't be asked, is found in time."""
-    args = run.args
-    shots = args.shots * (args.average or args.concat or 1)
-    episodes = [[task.evaluation(args.seed, n, shots, args.limit) for task in tasks] for n in range(args.sets)]
-    left_out: Counter[str] = Counter()
-    for draw in episodes:
-        for episode in (episode for task in draw for episode in task):
-            if draw is episodes[0]:
-                longest(run.formatter, episode)
-                for prompt in ask(run.formatter, episode, instruct=args.method == "zeroshot" or args.instruction_downstream)[0]:
-                    left_out += prompt.left_out
-            if args.method != "zeroshot":
-                left_out += run.formatter.context_row(episode, run.hyper.gist_ids).left_out
-    return HeldOut(tasks, episodes, left_out)
+    args, formatter, left_out, shots = run.args, run.formatter, Counter(), []
+    instruct = "before" if args.method == "zeroshot" else "inside" if args.instruction_downstream else "no"
+    sets = args.shots * (args.average or args.concat or 1)
+    episodes: Draws = [[] for _ in range(args.sets)]
+    for t, task in enumerate(tqdm(tasks, desc="preparing held-out tasks", leave=False, delay=1)):
+        read: Counter[str] = Counter()
+        for n, draw in enumerate(episodes):
+            draw.append(task.evaluation(args.seed, n, sets, args.limit))
+            for episode in draw[t]:
+                if not n:
+                    room = args.context - longest(formatter, episode)
+                    left_out += sum((prompt.left_out for prompt in ask(formatter, episode, instruct)[0]), Counter())
+                rows = {"hyper": formatter.context_row(episode, run.hyper.gist_ids), "fewshot": formatter.context_row(episode, budget=room)}
+                read.update({name: row.left_out["shots"] - row.left_out["shots left out"] for name, row in rows.items()})
+                read["episodes"] += 1
+                left_out += rows[args.method].left_out if args.method in rows else Counter()
+        shots.append({name: read[name] / read["episodes"] for name in ("hyper", "fewshot")})
+    return HeldOut(tasks, episodes, left_out, shots)
 
 
-def evaluate(run: Run, held_out: HeldOut) -> dict:
-    """Score everything under every column; prints the table and returns what results.json holds."""
+def evaluate(run: Run, held_out: HeldOut) -> tuple[dict, list[list[str]]]:
+    """Score everything under every column. Returns what results.json holds, and the lines of the table."""
     args, tasks, episodes, began = run.args, held_out.tasks, held_out.episodes, time.time()
-    table, scores = columns(run, tasks), {}  # column -> task -> draw
-    with tqdm(total=len(table) * len(tasks), desc="evaluating", leave=False) as bar:
+    table, scores, hidden = columns(run, tasks), {}, []  # scores: column -> task -> draw
+    instructed = any(episode.instruction for task in episodes[0] for episode in task)
+    with tqdm(total=len(table) * sum(held_out.sizes) * len(episodes), desc="evaluating", unit="query", leave=False) as bar:
         for name, column in table.items():
-            scores[name] = [[] for _ in tasks]
-            for t in range(len(tasks)):
-                bar.update()
-                for n, draw in enumerate(episodes):
-                    first = episodes[0][t]
-                    if n and (draw[t] == first or column.prefix is None and draw[t][0].queries == first[0].queries):
-                        scores[name][t] += scores[name][t][:1]  # nothing differs from the first draw
-                        continue
-                    values = score(run, column, draw[t], draw[held_out.other(t)], t)
-                    scores[name][t].append(statistics.fmean(values))
-    if run.task.METRIC == "rougeL":
-        scores |= copying(episodes[0])
-    print_lines(result_table(run, held_out, scores))
+            twin = next((other for other in scores if column.same(run, table[other], instructed)), None)
+            scores[name] = scores[twin] if twin else [[] for _ in tasks]
+            hidden += [name] if twin and name in CONTROLS else []
+            for t, n in [(t, n) for t in range(len(tasks)) for n in range(len(episodes))]:
+                bar.update(held_out.sizes[t])
+                draw, first = episodes[n][t], episodes[0][t]
+                if twin:
+                    continue
+                if n and (draw == first or column.prefix is None and draw[0].queries == first[0].queries):
+                    scores[name][t].append(scores[name][t][0])  # nothing differs from the first draw
+                    continue
+                scores[name][t].append(statistics.fmean(score(run, column, draw, episodes[n][held_out.other(t)], t)))
+    if hasattr(run.task, "without_a_model"):
+        scores |= run.task.without_a_model(episodes[0])
+    lines = result_table(run, held_out, {name: values for name, values in scores.items() if name not in hidden})
     averages = {name: average(run, held_out, values) for name, values in scores.items()}
     draws = [average(run, held_out, [[values[n]] for values in scores["main"]]) for n in range(len(episodes))]
-    return {
+    results = {
         "task": args.task,
         "method": args.method,
         "metric": run.task.METRIC,
         "tasks": {
-            task.name: {"mean": statistics.fmean(values), "std": spread(values), "n": size}
-            for task, values, size in zip(tasks, scores["main"], held_out.sizes)
+            task.name: {"mean": statistics.fmean(values), "std": spread(values), "n": size, "shots": shots}
+            for task, values, size, shots in zip(tasks, scores["main"], held_out.sizes, held_out.shots)
         },
         "average": averages.pop("main"),
         "std": spread(draws),
+        "before": None,
+        "shots": {name: statistics.fmean(shots[name] for shots in held_out.shots) for name in ("hyper", "fewshot")},
         "baselines": {name: averages.pop(name) for name in list(averages) if name not in CONTROLS},
         "controls": averages,
         "seconds": round(time.time() - began, 1),
-        "args": vars(args),
+        "args": portable(args),
     }
+    return results, lines
+
+
+def main_score(run: Run, held_out: HeldOut) -> float:
+    """The average that results.json will hold, of the run as it stands."""
+    column = columns(run, held_out.tasks)["main"]
+    scores = [
+        [statistics.fmean(score(run, column, draw[t], draw[held_out.other(t)], t)) for draw in held_out.episodes]
+        for t in range(len(held_out.tasks))
+    ]
+    return average(run, held_out, scores)
+
+
+def show_answers(run: Run, held_out: HeldOut, count: int = 3) -> None:
+    """Print the answers to a few held-out questions, of different tasks."""
+    column, draw = columns(run, held_out.tasks)["main"], held_out.episodes[0]
+    for t in range(0, len(draw), -(-len(draw) // count)):
+        episode = replace(draw[t][0], queries=draw[t][0].queries[:1])
+        (answer,), (query,) = respond(run, column, [episode], draw[held_out.other(t)], t), episode.queries
+        right = answer in (query.references or (query.target,))
+        print(f"{' '.join(query.input.split())[-100:]}\n    {' '.join(answer.split())[:100]}  ({'right' if right else f'wrong: {query.target}'})")
 
 
 def measure(run: Run, held_out: HeldOut) -> dict:
@@ -340,17 +358,6 @@ def measure(run: Run, held_out: HeldOut) -> dict:
             averages[name] = round(average(run, held_out, [[value] for value in each[name]]), 2)
     scores = {task.name: round(value, 2) for task, value in zip(held_out.tasks, each["main"])}
     return {"score": averages.pop("main"), "controls": averages, "scores": scores}
-
-
-def copying(tasks: list[list[Episode]]) -> dict[str, list[list[float]]]:
-    """ROUGE-L of two answers that need no model: the input, and the output of the first example."""
-    values: dict[str, list[list[float]]] = {"copy_input": [], "copy_example": []}
-    for (episode,) in tasks:
-        example = episode.shots[0].target if episode.shots else ""
-        for name, answer in (("copy_input", None), ("copy_example", example)):
-            each = [rouge_l(query.input if answer is None else answer, query.references) for query in episode.queries]
-            values[name].append([statistics.fmean(each)])
-    return values
 
 
 def average(run: Run, held_out: HeldOut, scores: list[list[float]], chosen: Sequence[int] | None = None) -> float:
@@ -372,10 +379,14 @@ def spread(draws: list[float]) -> float | None:
 def result_table(run: Run, held_out: HeldOut, scores: dict[str, list[list[float]]]) -> list[list[str]]:
     """A row per group, a column per condition; ± over draws of examples."""
     unit = {"accuracy": "accuracy, %", "rougeL": "ROUGE-L"}[run.task.METRIC]
-    lines = [[unit, *(TITLES[name].format(**vars(run.args)) for name in scores)]]
+    unit += f", first {run.args.limit} of each" * bool(run.args.limit)
+    read = {name: statistics.fmean(shots[name] for shots in held_out.shots) for name in ("hyper", "fewshot")}
+    titles = {name: TITLES[name].format(**vars(run.args) | {"shots": f"{read['fewshot']:.3g}"}) for name in scores}
+    lines = [[unit, "queries", *titles.values()]]
     for group in [*dict.fromkeys(task.group for task in held_out.tasks), None]:
         chosen = [t for t, task in enumerate(held_out.tasks) if group in (task.group, None)]
         line = ["average" if group is None else group if len(chosen) == 1 else f"{group} ({len(chosen)} tasks)"]
+        line.append(f"{sum(held_out.sizes[t] for t in chosen):,}")
         for name, values in scores.items():
             line.append(f"{average(run, held_out, values, chosen):.1f}")
             draws = [average(run, held_out, [[v[n]] for v in values], chosen) for n in range(len(values[0]))]
@@ -394,42 +405,23 @@ def print_lines(lines: list[list[str]], total: bool = True) -> None:
         print(line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])), sep="  ")
 
 
-# ------------------------------------------------------------------------------------- opening a run
-
-ROOM_FOR_EXAMPLES = 32  # tokens of a row of examples that must not be gists
-
-
-def open_run(args: argparse.Namespace, folder: Path | None = None) -> Run:
-    """The model that `args` describe, as at the start of a run; or as a finished one left it in its folder."""
-    tokenizer, config = Tokenizer(args.model), read_config(Path(args.model))
-    answer = MAX_NEW_TOKENS * (TASKS[args.task].METRIC == "rougeL")
-    if args.context + args.query_length + answer > config.max_positions:
-        raise InputError(
-            f"--context {args.context} + --query-length {args.query_length}{' + an answer' * bool(answer)} "
-            f"exceed the {config.max_positions} positions of {args.model}"
-        )
-    if args.method == "fewshot" and args.context <= args.query_length:
-        raise InputError(f"--context {args.context} must be longer than --query-length {args.query_length}")
-    if args.context < args.gists + ROOM_FOR_EXAMPLES:
-        raise InputError(f"--gists {args.gists} leave no room for examples in --context {args.context}")
-    if tokenizer.size > config.vocab:
-        raise InputError(f"{args.model}: the tokenizer has {tokenizer.size} pieces, the model only {config.vocab}")
-    formatter = Formatter(tokenizer, args.context, args.query_length)
-    task = TASKS[args.task]
-    return Run(args, task.build(args) if folder is None else task.restore(args, folder), formatter)
-
-
 # ---------------------------------------------------------------------------------------- the command
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command; what the user can mend is said in one line, with exit status 2 (Ctrl-C: 130)."""
+    """Run a command; what the user can mend is said in one line, with exit status 2 (Ctrl-C and SIGTERM: 130)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± shows a question mark
+    default = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
         return
     except BrokenPipeError:  # whoever reads the output, head for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return
     except (InputError, OSError) as problem:  # OSError: a full disk, a folder taken away
         message, status = f"error: {problem}", 2
@@ -438,7 +430,9 @@ def run_command(main: Callable[[], None]) -> None:
         message, status = f"error: out of memory; {advice} ({str(problem).splitlines()[0]})", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    finally:
+        signal.signal(signal.SIGTERM, default)
+    if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # of several processes, one speaks
         print(message, file=sys.stderr)
     sys.exit(status)
 
@@ -452,32 +446,47 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path | 
     typed = vars(parser.parse_args(argv))
     folder, out = typed.pop("folder"), typed.pop("out", None)
     if folder is None:
-        if not {"task", "method"} <= typed.keys() or "evaluate" in vars(TASKS[typed["task"]]) or typed["task"] == "prefix" or typed["method"] == "hyper":
+        task = TASKS.get(typed.get("task"))
+        if not {"task", "method"} <= typed.keys() or typed["method"] == "hyper" or hasattr(task, "evaluate") or hasattr(task, "start"):
             raise InputError("name a RUN, or a plain Llama: --model DIR --task p3 --method fewshot (or zeroshot)")
         return settle(typed | {"steps": 0}), None, Path(out or f"runs/eval-{typed['task']}-{typed['method']}")
     for name in typed.keys() - EVALUATION - MOVABLE:
         raise InputError(f"--{name.replace('_', '-')}: {folder} was trained with its own, which can't be changed")
-    args = settle(typed, read_args(Path(folder)))
+    before = {name: value for name, value in read_args(Path(folder)).items() if name not in EVALUATION}
+    args = settle(typed, before)  # how a run was evaluated while it was tried is no rule for later
     several = f"average-{args.average}" if args.average else f"concat-{args.concat}" if args.concat else ""
     return args, Path(folder), Path(out or Path(folder) / several)  # beside the run's own result, not in its place
 
 
-def final_results(run: Run, held_out: HeldOut | None = None) -> dict:
-    """What results.json holds; prints the table."""
-    if hasattr(run.task, "evaluate"):  # text is evaluated otherwise
-        results, lines = run.task.evaluate(run.args, run.hyper, run.formatter)
-        print_lines(lines)
-        return results
-    return evaluate(run, held_out)
+def final_results(run: Run, held_out: HeldOut | None, before: float | None, out: Path) -> dict:
+    """Evaluate, write results.json, then print the table. before: the average before the first step."""
+    evaluation = evaluate(run, held_out) if held_out else run.task.evaluate(run.args, run.hyper, run.formatter)
+    results, lines = evaluation
+    results |= {"before": before, "args": portable(run.args)}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "results.json", results)  # first of all: what is printed may go nowhere
+    print_lines(lines)
+    return results
+
+
+def score_before(folder: Path, args: argparse.Namespace) -> float | None:
+    """The average before the first step as the run's own results hold it, if they were evaluated in the same way."""
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    with reading(path, "not the results of a run"):
+        results = json.loads(path.read_text())
+        same = all(results["args"].get(name) == getattr(args, name) for name in EVALUATION - {"controls", "eval_batch_size"})
+        return results.get("before") if same else None
 
 
 def main() -> None:
     args, folder, out = settings()
+    if (out / "args.json").exists() and (folder is None or out.resolve() != folder.resolve()):
+        raise InputError(f"--out {out}: holds another run, whose results would be replaced")
     run = open_run(args, folder)
     held_out = None if hasattr(run.task, "evaluate") else prepare(run, run.task.load(args, run.formatter, "test"))
-    results = final_results(run, held_out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", results)
+    final_results(run, held_out, score_before(folder, args) if folder else None, out)
     if held_out and report(held_out.left_out):
         print(report(held_out.left_out))
 

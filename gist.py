@@ -12,7 +12,6 @@ Shapes: B rows, T tokens, G gists, L layers, K KV heads, hd head size, D width, 
 """
 
 import argparse
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import KV, InputError, Linear, Llama, Past, Tokenizer, holes_mask, load, positions_of, ragged, reading, real
+from llama import KV, InputError, Linear, Llama, Tokenizer, holes_mask, load, positions_of, ragged, read_config
 from lora import NF4Linear, add_lora, assign, load_tensors, save_tensors
 
 
@@ -54,18 +53,19 @@ class Gists:
     seen    [B, G] bool, which of the past is real, where rows keep unequal numbers of tokens; else None
 
     Keys keep the rotation of the place where they were made, so the tokens that follow must count on
-    from `offset`. Rotary attention sees differences only: were they to start at 0 instead, every
-    distance between query and gist would be off by the length of the examples.
+    from `offset`. Gists are made at positions 0 … G-1 whatever the length of their examples, which
+    therefore begin at a negative position: rotary attention sees differences only. So all prefixes
+    of a run have one offset, G; they can be averaged, and other programs' caches take them as they are.
     """
 
-    past: Past
+    past: Sequence[KV]
     offset: Tensor
     seen: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "Gists":
         """Choose rows, with repetition: several queries can follow the same gists."""
         seen = None if self.seen is None else self.seen[rows]
-        return Gists([KV(k[rows], v[rows]) for k, v in self.past], self.offset[rows], seen)
+        return Gists([(k[rows], v[rows]) for k, v in self.past], self.offset[rows], seen)
 
     def before(self, T: int) -> dict:
         """What `Llama.forward` must know to read T tokens after this prefix."""
@@ -99,16 +99,17 @@ class HyperLlama(nn.Module):
         return torch.where((tokens >= V)[..., None], gists, words)
 
     def compress(self, tokens: Tensor, start: Tensor | None = None, kept: Tensor | None = None) -> Gists:
-        """First pass. tokens [B, T]: each row BOS, examples, G gists, padding. start [B]: position of BOS.
+        """First pass. tokens [B, T]: each row BOS, examples, G gists, padding.
 
+        start [B]: position of BOS; by default the one that puts the gists at 0 … G-1.
         kept [B]: so many tokens at the beginning of each row stay in the prefix, beside the gists
         (instruction fusion, Ivison et al. 2023).
 
         Plain causal attention: gists never see the padding after them.
         """
         G, B = len(self.gists), len(tokens)
-        start = torch.zeros_like(tokens[:, 0]) if start is None else start
         first = (tokens >= self.model.config.vocab).int().argmax(1)  # [B] where the gists begin
+        start = -first if start is None else start
         at, seen = first[:, None] + torch.arange(G, device=tokens.device), None  # [B, G]
         if kept is not None:
             lead = torch.arange(int(kept.max()), device=tokens.device).expand(B, -1)
@@ -143,20 +144,19 @@ class HyperLlama(nn.Module):
 def combine(hyper: HyperLlama, sets: Sequence[Sequence[int]], side_by_side: bool = False) -> Gists:
     """Several sets of examples as one prefix: averaged, or side by side (paper, Appendix B).
 
-    sets: rows of tokens, each BOS, examples, G gists. Each row starts at the position that lets its
-    gists end where they must: all at the same, so that keys with the same rotation are averaged; or
-    each G after the one before. Returns one row, of G gists or of len(sets)·G.
+    sets: rows of tokens, each BOS, examples, G gists. The gists of all stand at the same positions, so
+    that keys with the same rotation are averaged; or each G after the one before. Returns one row, of
+    G gists or of len(sets)·G.
     """
     device = hyper.gists.device
     lengths = torch.tensor([len(row) for row in sets], device=device)
-    shift = torch.arange(len(sets), device=device) * (len(hyper.gists) if side_by_side else 0)
-    ends = (lengths - shift).max() + shift
-    gists = hyper.compress(ragged(sets, device=device), start=ends - lengths)
+    shift = torch.arange(len(sets), device=device) * side_by_side
+    gists = hyper.compress(ragged(sets, device=device), start=(1 + shift) * len(hyper.gists) - lengths)
 
     def merge(x: Tensor) -> Tensor:  # [N, K, G, hd] -> [1, K, N*G or G, hd]
         return x.transpose(0, 1).flatten(1, 2)[None] if side_by_side else x.mean(0, keepdim=True)
 
-    return Gists([KV(merge(k), merge(v)) for k, v in gists.past], ends[-1:])
+    return Gists([(merge(k), merge(v)) for k, v in gists.past], gists.offset[-1:])
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def read_rows(model: Llama, rows: Sequence[Sequence[int]], adapter: str | None =
     tokens = ragged(rows, device=model.embed_tokens.weight.device)
     lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
     past = model.keys_values(tokens, positions_of(tokens), adapter=adapter)
-    return Gists(past, lengths, real(lengths, tokens.shape[1]) if len(rows) > 1 else None)
+    return Gists(past, lengths, positions_of(tokens) < lengths[:, None] if len(rows) > 1 else None)
 
 
 def mean_pooled(prefix: Gists, count: int) -> Gists:
@@ -191,8 +191,8 @@ def device_and_dtype(args: argparse.Namespace, whole: bool = False) -> tuple[str
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as problem:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
         raise InputError(f"--device {device}: not available here ({str(problem).splitlines()[0]})") from None
     return device, getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") and not whole else "float32"))
 
@@ -221,6 +221,8 @@ def build(args: argparse.Namespace, whole: bool = False) -> HyperLlama:
 def first_gists(args: argparse.Namespace, model: Llama, generator: torch.Generator) -> Tensor:
     """Gist embeddings to start from: a hyperpretrained model's own, else the embeddings of random words. [G, D]"""
     count = args.gists if args.method == "hyper" else 0
+    if count > model.config.vocab:
+        raise InputError(f"--gists {count}: gists start as words, and the vocabulary has {model.config.vocab}")
     words = model.embed_tokens.weight[torch.randperm(model.config.vocab, generator=generator)[:count]]
     own = Path(args.model) / "gists.safetensors"
     if not count or not own.exists():
@@ -232,14 +234,6 @@ def first_gists(args: argparse.Namespace, model: Llama, generator: torch.Generat
     if gists.shape != words.shape:
         raise InputError(f"{own}: gists of shape {list(gists.shape)} don't fit the model")
     return gists.to(words.device)
-
-
-def checksum(model: Llama) -> str:
-    """Tells models apart by tensors that are never quantized, whatever they are computed in."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for weight in (model.norm.weight, model.embed_tokens.weight[:256]):
-        digest.update(weight.detach().bfloat16().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -258,7 +252,7 @@ def load_trained(module: nn.Module, folder: Path) -> nn.Module:
         raise InputError(f"{folder}: this run isn't finished (no {path.name}); train.py with --resume goes on with it")
     tensors, about = load_tensors(path)
     assign(trained(module), tensors, path)
-    if about.get("base") != checksum(module.model):
+    if about.get("base") != module.model.checksum:
         raise InputError(f"{path}: was trained on another model than --model")
     return module
 
@@ -270,81 +264,92 @@ def restore(args: argparse.Namespace, folder: Path) -> HyperLlama:
 
 def save(hyper: HyperLlama, tensors: dict[str, Tensor], args: argparse.Namespace, out: Path) -> None:
     """What training leaves behind. tensors: those of `trained`, whole."""
-    save_tensors(out / "adapters.safetensors", tensors, {"base": checksum(hyper.model)})
+    save_tensors(out / "adapters.safetensors", tensors, {"base": hyper.model.checksum})
 
 
 # --------------------------------------------------------------------------------- a prefix as a file
 
 
 def save_gists(path: Path, gists: Gists, about: dict[str, str]) -> None:
-    """Keys and values of one prefix, with a note on what they belong to."""
+    """Keys and values of one prefix at positions 0 … G-1, with a note on what they belong to.
+
+    "0.key", "0.value", … are each [1, K, G, hd], as transformers' DynamicCache.update takes them.
+    """
     tensors = {"offset": gists.offset}
     for i, (k, v) in enumerate(gists.past):
         tensors |= {f"{i}.key": k, f"{i}.value": v}
     save_tensors(path, tensors, about)
 
 
-def load_gists(path: Path, about: dict[str, str], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Gists:
-    """A saved prefix; InputError if it was made by another model or run than `about` says."""
+def load_gists(path: Path, about: dict[str, str], model: Llama) -> Gists:
+    """A saved prefix; InputError if it was made by another model or run than `about` says, or doesn't fit the model."""
     tensors, origin = load_tensors(path)
     for key, value in about.items():
         if origin.get(key) != value:
             raise InputError(f"{path}: made with another {key} ({origin.get(key)}, not {value})")
-    with reading(path, "not a saved prefix"):
-        layers = range((len(tensors) - 1) // 2)
-        past = [KV(tensors[f"{i}.key"].to(device, dtype), tensors[f"{i}.value"].to(device, dtype)) for i in layers]
-        return Gists(past, tensors["offset"].to(device))
+    c, embedding = model.config, model.embed_tokens.weight
+    names = {f"{i}.{part}" for i in range(c.layers) for part in ("key", "value")}
+    if tensors.keys() != names | {"offset"}:
+        raise InputError(f"{path}: not a saved prefix of a model of {c.layers} layers")
+    offset, shape = tensors["offset"], (1, c.kv_heads, tensors["0.key"].shape[-2], c.head_size)
+    for name in names:
+        x = tensors[name]
+        if x.shape != shape or not x.is_floating_point() or not x.isfinite().all():
+            raise InputError(f"{path}: {name} isn't {list(shape)} finite numbers")
+    if offset.shape != (1,) or offset.dtype != torch.int64 or not 0 < offset.item() < c.max_positions:
+        raise InputError(f"{path}: the offset isn't a position of the model")
+    tensors = {name: tensor.to(embedding.device, embedding.dtype) for name, tensor in tensors.items() if name != "offset"}
+    return Gists([(tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(c.layers)], offset.to(embedding.device))
 
 
 # ---------------------------------------------------------------------------------------- the lecture
 
 
 def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> None:
-    """Draw the mask of a small example, and compare the joint pass with the two passes."""
-    tokenizer, model = Tokenizer(folder), load(folder)
-    generator = torch.Generator().manual_seed(0)
-    for name in ("hyper", "downstream"):
-        add_lora(model, name, rank=4, alpha=8, generator=generator)
-        for path, parameter in model.named_parameters():
-            if path.endswith(f"lora.{name}.B"):  # as if trained: a new set would do nothing
-                parameter.data.normal_(0, 0.05, generator=generator)
-    G, V = 3, model.config.vocab
-    hyper = HyperLlama(model, model.embed_tokens.weight[-G:], "hyper", "downstream")
-    examples = [tokenizer.bos, *tokenizer.encode("\nfox\nkilo\nowl\neast"), *range(V, V + G)]
-    query = [tokenizer.bos, *tokenizer.encode("\nfox\n")]
-    tokens = torch.tensor([examples + query])
+    """Draw the mask of a small example, compare the joint pass with the two passes, and forget the offset."""
+    tokenizer, model, V = Tokenizer(folder), load(folder), read_config(folder).vocab
+    own = load_tensors(folder / "gists.safetensors")[0]["gists"]
+    colour = {"#": "\033[33m#\033[0m", "o": "\033[36mo\033[0m"} if sys.stdout.isatty() else {}
 
     def name(t: int) -> str:
         return f"gist {t - V}" if t >= V else tokenizer.model.id_to_piece(t).replace("<0x0A>", "\\n")
 
+    few, query = HyperLlama(model, own[:3], None), [tokenizer.bos, *tokenizer.encode("fox: ".rstrip())]
+    row = torch.tensor([[tokenizer.bos, *tokenizer.encode("fox: kilo\nowl: east\n"), *few.gist_ids, *query]])
     print("1. The gist mask. A row is a token that looks, a column a token that it may look at.\n")
     print("position  token")
-    for t, see in enumerate(gist_mask(tokens >= V)[0].tolist()):
-        marks = "".join(("# " if tokens[0, s] >= V else "o ") if seen else ". " for s, seen in enumerate(see))
-        kept = "   <- its keys and values survive" if tokens[0, t] >= V else ""
-        print(f"{t:8}  {name(tokens[0, t].item()):>8}  {marks}{kept}")
+    for t, see in enumerate(gist_mask(row >= V)[0].tolist()):
+        marks = [("#" if row[0, s] >= V else "o") if seen else "." for s, seen in enumerate(see)]
+        kept = "  <- its keys and values survive" if row[0, t] >= V else ""
+        print(f"{t:8}  {name(row[0, t].item()):>8}  {' '.join(colour.get(mark, mark) for mark in marks)}{kept}")
     print("\n# a gist, o another token, . hidden. After the gists, the examples can be reached only through them:")
     print("whatever stands there can be read later, by a second pass that has nothing else.\n")
 
-    with torch.no_grad():
-        joint = hyper.joint(tokens)[0, -1]
-        gists = hyper.compress(torch.tensor([examples]))
-        two, lost = (
-            model(torch.tensor([query]), past=gists.past, offset=offset, adapter="downstream")[0][0, -1]
-            for offset in (gists.offset, gists.offset * 0)
-        )
-    offset, layers, shape = gists.offset.item(), len(gists.past), list(gists.past[0][0].shape)
-    numbers = sum(x.numel() for layer in gists.past for x in layer)
-    print(f"2. The first pass reads positions 0 to {len(examples) - 1} and ends with the gists. What is stored: {layers} layers × (keys, values)")
-    print(f"   × {shape} (rows, KV heads, gists, head size), {numbers * 4:,} bytes, and the offset {offset}: the position after the last gist.\n")
-    print(f"3. The second pass reads the query at positions {offset} to {offset + len(query) - 1}. Its keys and queries are rotated there, the gists'")
-    print("   keys stay rotated as they were made; attention sees the differences of positions, as in the joint pass.\n")
-    print("4. Logits of the next token: the joint pass, the two passes, and two passes whose offset was forgotten.\n")
-    print(f"{'next token':>14}{'joint':>10}{'two passes':>12}{'offset 0':>10}")
-    for t in joint.topk(5).indices.tolist():
-        print(f"{name(t):>14}{joint[t]:>10.4f}{two[t]:>12.4f}{lost[t]:>10.4f}")
-    differences = [(other - joint).abs().max() for other in (two, lost)]
-    print(f"{'largest difference':>24}{differences[0]:>12.1e}{differences[1]:>10.1e}")
+    pairs = {"fox": "kilo", "owl": "east", "cat": "kilo", "dog": "west", "pig": "east", "duck": "west"}
+    hyper, text = HyperLlama(model, own, None), "".join(f"{word}: {label}\n" for word, label in list(pairs.items()) * 2)
+    examples = torch.tensor([[tokenizer.bos, *tokenizer.encode(text), *hyper.gist_ids]])
+    G, L = len(own), examples.shape[1]
+    gists, late = hyper.compress(examples), hyper.compress(examples, start=torch.zeros(1, dtype=torch.long))
+    shape, numbers = list(gists.past[0][0].shape), sum(x.numel() for layer in gists.past for x in layer)
+    print(f"2. Now {len(pairs)} pairs, twice: fox is kilo, owl is east, … The first pass reads {L} tokens at positions {G - L} to {G - 1}, the gists")
+    print(f"   at 0 to {G - 1}. What is stored: {len(gists.past)} layers × (keys, values) × {shape} (rows, KV heads, gists, head size), {numbers * 4:,} bytes,")
+    print(f"   and the offset {gists.offset.item()}: the position after the last gist.\n")
+    print(f"3. The second pass reads a query at positions {G} to {G + len(query) - 1}. Its keys and queries are rotated there, the gists' keys stay")
+    print("   rotated as they were made; attention sees the differences of positions, as in the joint pass.\n")
+    print("4. Logits of the next token after each question: in one joint pass; in two passes; in two passes whose first")
+    print(f"   began at 0, so that the gists stand at {L - G} to {L - 1}, and whose second forgot that and began at 0, too.\n")
+    print(f"{'question':>10}{'next token':>14}{'joint':>10}{'two passes':>12}{'offset forgotten':>18}")
+    for word, label in pairs.items():
+        tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(f"{word}:")]])
+        with torch.no_grad():
+            joint = hyper.joint(torch.cat((examples, tokens), dim=1))[0, -1]
+            two, lost = (model(tokens, past=g.past, offset=o)[0][0, -1] for g, o in ((gists, gists.offset), (late, gists.offset * 0)))
+        for t in joint.topk(2).indices.tolist():
+            best = [" *" if logits.argmax() == t else "  " for logits in (joint, two, lost)]
+            right = f" <- {label}" if t == joint.argmax() else ""
+            print(f"{word if right else '':>10}{name(t):>14}{joint[t]:>8.2f}{best[0]}{two[t]:>10.2f}{best[1]}{lost[t]:>16.2f}{best[2]}{right}")
+    print(f"\n* the largest logit of its column. Joint and two passes differ by at most {(two - joint).abs().max():.0e} in the last question,")
+    print(f"  a forgotten offset by {(lost - joint).abs().max():.1f}.")
 
 
 if __name__ == "__main__":

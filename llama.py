@@ -2,8 +2,7 @@
 
 Three arguments of `Llama.forward` carry everything that gisting asks of a language model:
 
-    past     keys and values that came before. A KV cache, a soft prefix and a set of gists are
-             the same thing, and this is the only way in for all three.
+    past     keys and values that came before: the only way in for a KV cache, a soft prefix and gists.
     offset   per row, the position of the first token that is read now.
     adapter  which LoRA set acts in this call: one set of weights plays two roles (lora.py).
 
@@ -13,6 +12,7 @@ Left out: rope scaling, biases, tied embeddings, sampling. A checkpoint that nee
 Shapes: B batch, T tokens, P past length, D width, V vocabulary, H heads, K KV heads, hd head size.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +28,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+KV = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, P, hd]; keys are rotated
 Adapter = str | Mapping[str | None, Tensor] | None  # a set's name, or {name: gate [B, T, 1]}, or the bare model
 
 
@@ -42,15 +43,10 @@ def reading(path: str | Path, what: str = "is damaged") -> Iterator[None]:
         yield
     except InputError:
         raise
-    except KeyError as name:
-        raise InputError(f"{path}: {name} is missing") from None
     except Exception as problem:  # a damaged file can make a parser raise anything
         reason = getattr(problem, "strerror", None) or str(problem).split("\n")[0] or type(problem).__name__
-        reason = "it is not UTF-8" if isinstance(problem, UnicodeDecodeError) else reason
-        raise InputError(f"{path}: {what} ({reason})") from None
-
-
-# ------------------------------------------------------------------------------------ configuration
+        reason = "it is not UTF-8" if isinstance(problem, UnicodeError) else reason
+        raise InputError(f"{path}: {reason} is missing" if isinstance(problem, KeyError) else f"{path}: {what} ({reason})") from None
 
 
 @dataclass(frozen=True)
@@ -193,36 +189,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mask = mask[:, None]  # the same for all heads
     elif 1 < T < S:  # is_causal=True would align the triangle with the *first* key and hide the past
         mask = causal_lower_right(T, S)
-    causal = mask is None and T > 1  # a single token sees all that came before
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-
-
-class KV(tuple):
-    """One layer's keys and values, a pair of [B, K, P, hd]; keys are rotated.
-
-    With room after them, what is appended is written in place, where torch.cat would copy everything.
-    """
-
-    def __new__(cls, k: Tensor, v: Tensor, buffers: tuple[Tensor, Tensor] | None = None):
-        pair = super().__new__(cls, (k, v))
-        pair.buffers = buffers
-        return pair
-
-    def append(self, *new: Tensor) -> "KV":
-        if self.buffers is None:
-            return KV(*(torch.cat((old, x), dim=2) for old, x in zip(self, new)))
-        start, end = self[0].shape[2], self[0].shape[2] + new[0].shape[2]
-        for buffer, x in zip(self.buffers, new):
-            buffer[:, :, start:end] = x
-        return KV(*(buffer[:, :, :end] for buffer in self.buffers), self.buffers)
-
-    def with_room(self, tokens: int) -> "KV":
-        """The same, with room for so many more tokens. No gradient goes through what is appended."""
-        buffers = tuple(F.pad(x, (0, 0, 0, tokens)) for x in self)  # [B, K, P + tokens, hd]
-        return KV(*(buffer[:, :, : self[0].shape[2]] for buffer in buffers), buffers)
-
-
-Past = Sequence[tuple[Tensor, Tensor]]  # one for each layer
+    options = {"is_causal": mask is None and T > 1, "enable_gqa": q.shape[1] != k.shape[1]}  # one token alone sees all
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 
 class Attention(nn.Module):
@@ -241,7 +209,9 @@ class Attention(nn.Module):
         """Keys and values of the past followed by those of x: two [B, K, P + T, hd]."""
         k = rotate(self.heads(self.k_proj(x, adapter)), angles)
         v = self.heads(self.v_proj(x, adapter))
-        return KV(k, v) if past is None else past.append(k, v)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        return k, v
 
     def forward(self, x, angles, past, mask, adapter) -> tuple[Tensor, KV]:
         """[B, T, H*hd], before o_proj; and the keys and values."""
@@ -270,10 +240,9 @@ class Block(nn.Module):
         self.mlp = MLP(config, linear)
 
     def forward(self, x, angles, past, mask, adapter, at=...) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Hidden states [B, T, D] after this layer, and its keys and values.
+        """Hidden states [B, T, D] after this layer, and its keys and values. (A flat tuple: FSDP looks for tensors in it.)
 
-        at: an index into [B, T], the positions where hidden states are wanted; None: nowhere. Keys and
-        values are made of every position. (The result is a flat tuple of tensors: FSDP looks for those.)
+        at: an index into [B, T], where hidden states are wanted; None: nowhere. Keys and values are made everywhere.
         """
         h = self.input_layernorm(x)
         if at is None:
@@ -298,7 +267,7 @@ class Llama(nn.Module):
         self.checkpoint_activations = False  # keep only what goes from layer to layer for backward: less memory, more work
 
     def forward(
-        self, tokens: Tensor, *, past: Past | None = None, offset: Tensor | None = None, adapter: Adapter = None,
+        self, tokens: Tensor, *, past: Sequence[KV] | None = None, offset: Tensor | None = None, adapter: Adapter = None,
         mask: Tensor | None = None, select: Tensor | None = None, added: Tensor | None = None,
     ) -> tuple[Tensor, list[KV]]:  # fmt: skip
         """Read tokens after what came before.
@@ -311,47 +280,42 @@ class Llama(nn.Module):
         select   [N] the positions whose logits are wanted, as indices into B·T (default: every one)
         added    [L, B, T, D], added to the hidden states before each layer (prefix-propagation)
 
-        Returns logits [B, T, V], or [N, V] with `select`; and the keys and values of past and tokens
-        together: the `past` for what comes next.
+        Returns logits [B, T, V], or [N, V] with `select`; and all keys and values: the `past` of what comes next.
         """
-        x, positions, past, adapter = self.prepare(tokens, past, offset, adapter)
+        if past is not None and offset is None:
+            raise ValueError("a past needs an offset: the position at which the new tokens go on")
+        x, positions, adapter = self.prepare(tokens, offset, adapter)
         angles, T = rotary_angles(positions, self.config), x.shape[1]
         wanted = ... if select is None else (select // T, select % T)  # only the last layer can leave positions out
         present = []
         for i, layer in enumerate(self.layers):
             x = x if added is None else x + added[i].to(x.dtype)
-            x, *kv = self.run(layer, x, angles, past[i], mask, adapter, wanted if layer is self.layers[-1] else ...)
-            present.append(KV(*kv, past[i] and past[i].buffers))
+            x, k, v = self.run(layer, x, angles, past and past[i], mask, adapter, wanted if layer is self.layers[-1] else ...)
+            present.append((k, v))
         return self.lm_head(self.norm(x)), present
 
     def keys_values(self, tokens: Tensor, at: Tensor, offset: Tensor | None = None, adapter: str | None = None) -> list[KV]:
-        """Only the keys and values at the positions at [B, G]: for each layer two [B, K, G, hd].
-
-        The pass of `forward` without what these don't depend on: hidden states elsewhere after the
-        last layer but one, and everything but keys and values in the last.
-        """
-        x, positions, _, adapter = self.prepare(tokens, None, offset, adapter)
+        """Only the keys and values at the positions at [B, G]: for each layer two [B, K, G, hd]. What they don't depend on is
+        left out of the pass: after the last layer but one all that is elsewhere, and in the last all but keys and values."""
+        x, positions, adapter = self.prepare(tokens, offset, adapter)
         angles, kept, (*early, last) = rotary_angles(positions, self.config), [], self.layers
         at = (torch.arange(len(x), device=x.device)[:, None], at)  # as an index into [B, T]
         for layer in early:
             x, k, v = self.run(layer, x, angles, None, None, adapter, at if layer is early[-1] else ...)
-            kept.append(KV(k.transpose(1, 2)[at].transpose(1, 2), v.transpose(1, 2)[at].transpose(1, 2)))  # [B, K, G, hd]
+            kept.append((k.transpose(1, 2)[at].transpose(1, 2), v.transpose(1, 2)[at].transpose(1, 2)))  # [B, K, G, hd]
         x = x if early else x[at]
         _, k, v = self.run(last, x, rotary_angles(positions[at], self.config), None, None, adapter, None)
-        return [*kept, KV(k, v)]
+        return [*kept, (k, v)]
 
-    def prepare(self, tokens, past, offset, adapter) -> tuple[Tensor, Tensor, list[KV | None], dict[str, Tensor | None]]:
-        """Embeddings [B, T, D]; positions [B, T]; the past of each layer; the LoRA sets that act, with their gates."""
-        if past is not None and offset is None:
-            raise ValueError("a past needs an offset: the position at which the new tokens go on")
+    def prepare(self, tokens, offset, adapter) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Embeddings [B, T, D]; positions [B, T]; the LoRA sets that act, with gates."""
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         positions = positions_of(x) if offset is None else positions_of(x) + offset[:, None]
-        past = [None] * len(self.layers) if past is None else [kv if isinstance(kv, KV) else KV(*kv) for kv in past]
         gates = {adapter: None} if isinstance(adapter, str) else dict(adapter or {})
         for name in gates:  # every set has the first layer's keys
             if name is not None and name not in self.layers[0].self_attn.k_proj.lora:
                 raise ValueError(f"there is no LoRA set {name!r}")
-        return x, positions, past, gates
+        return x, positions, gates
 
     def run(self, layer: Block, *inputs) -> tuple[Tensor | None, Tensor, Tensor]:
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -363,26 +327,28 @@ class Llama(nn.Module):
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, linear: type = Linear) -> Llama:
-    """Load a Hugging Face or Meta checkpoint, frozen. `linear=NF4Linear` (lora.py) quantizes it.
+    """Load a Hugging Face or Meta checkpoint, frozen; `linear=NF4Linear` (lora.py) quantizes it.
 
-    Tensors stream: the model starts on the meta device, and one tensor at a time is read, converted
-    and placed, so the host holds the finished model and one tensor. InputError where the files
-    don't hold exactly the tensors that the configuration asks for.
+    Tensors stream, one at a time, into a model on the meta device: the host holds the finished model and
+    one tensor. InputError where the files don't hold exactly the tensors that the configuration asks for.
     """
-    folder = Path(folder)
-    config = read_config(folder)
+    folder, config = Path(folder), read_config(Path(folder))
+    size = sum(path.stat().st_size for pattern in ("*.safetensors", "*.pth") for path in folder.glob(pattern))
+    if config.layers * config.width * (config.hidden + config.heads * config.head_size) + config.vocab * config.width > size:
+        raise InputError(f"{folder}: its config asks for more parameters than the {size:,} bytes of its weight files can hold")
     with torch.device("meta"):
         model = Llama(config, linear)
+    digest = hashlib.sha256(repr(config).encode())
     missing = {name: p.shape for name, p in model.named_parameters()}
     read = _read_hf(folder) if (folder / "config.json").exists() else _read_meta(folder, config, dict(missing))
     with reading(folder, "unreadable weights"):
         for name, tensor in tqdm(read, total=len(missing), desc="loading", leave=False, delay=1):
             if name not in missing:
                 raise InputError(f"{folder}: unexpected or repeated tensor {name}")
-            if tensor.shape != missing.pop(name):
-                raise InputError(f"{folder}: {name} has shape {list(tensor.shape)}, which doesn't fit the config")
-            if not tensor.is_floating_point():
-                raise InputError(f"{folder}: {name} holds {tensor.dtype}, not floating-point weights")
+            if tensor.shape != missing.pop(name) or not tensor.is_floating_point():
+                raise InputError(f"{folder}: {name} has shape {list(tensor.shape)} and holds {tensor.dtype}, which doesn't fit the config")
+            sample = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+            digest.update(name.encode() + sample.bfloat16().float().numpy().tobytes())
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             if isinstance(module, Linear):
@@ -391,12 +357,12 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
                 setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
+    model.checksum = digest.hexdigest()[:16]  # whatever the weights are held in: adapters and prefixes belong to one base
     return model
 
 
 def _read_hf(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    index = folder / "model.safetensors.index.json"
-    names = sorted(path.name for path in folder.glob("model*.safetensors"))
+    names, index = sorted(path.name for path in folder.glob("model*.safetensors")), folder / "model.safetensors.index.json"
     if index.exists():
         with reading(index, "not a weight index"):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -425,24 +391,23 @@ def _read_meta(folder: Path, config: Config, shapes: dict[str, torch.Size]) -> I
     if not paths:
         raise InputError(f"{folder}: no consolidated.*.pth files")
     for path in paths:
-        with reading(path, "not a checkpoint of tensors"):  # weights_only refuses a pickle that would run code
+        try:  # weights_only refuses a pickle that would run code
             shards.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-            if not all(isinstance(tensor, Tensor) for tensor in shards[-1].values()):
-                raise InputError(f"{path}: holds something other than named tensors")
-            if shards[-1].keys() != shards[0].keys():
-                raise InputError(f"{path}: its tensors differ from those of {paths[0].name}")
+            plain = all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in shards[-1].items())
+        except Exception:  # a crafted pickle can make torch raise anything, and its messages advise to run it
+            plain = False
+        if not plain or shards[-1].keys() != shards[0].keys():
+            raise InputError(f"{path}: not a checkpoint of named tensors, the same ones in all of its files")
     for key in [key for key in shards[0] if key != "rope.freqs"]:
         name = key
         for theirs, ours in _META_NAMES.items():
             name = name.replace(theirs + ".", ours + ".")
         parts = [shard[key] for shard in shards]
-        # A tensor was split along the one axis on which its shards are smaller than the whole.
-        shape = shapes.get(name, parts[0].shape)
+        shape = shapes.get(name, parts[0].shape)  # split along the one axis on which the shards are smaller
         axis = next((a for a, (part, full) in enumerate(zip(parts[0].shape, shape)) if part != full), None)
         tensor = parts[0] if axis is None else torch.cat(parts, axis)
         if name.endswith(("q_proj.weight", "k_proj.weight")) and tensor.shape == shape:
-            # Meta rotates neighbours (2i, 2i+1), Hugging Face halves (i, i + hd/2): re-pair the rows
-            # of each head. k has kv_heads heads, which the head size takes care of.
+            # Meta rotates neighbours (2i, 2i+1), Hugging Face halves (i, i + hd/2): re-pair the rows of each head.
             heads = tensor.unflatten(0, (-1, config.head_size // 2, 2))  # [h, hd/2, 2, D]
             tensor = heads.transpose(1, 2).reshape(tensor.shape)
         yield name, tensor
@@ -461,38 +426,30 @@ class Tokenizer:
         if path is None:
             raise InputError(f"{folder}: no tokenizer.model (a SentencePiece tokenizer is needed)")
         self.path = path / "tokenizer.model"
-        with reading(self.path, "not a SentencePiece model"):
+        with reading(self.path, "not a SentencePiece model of Llama's kind"):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+            self.size, self.bos, self.eos = len(self.model), self.model.bos_id(), self.model.eos_id()
             self._newline = self.model.encode("\n")
-            keeps_newlines = self.model.decode(self._newline) == "\n"
-            keeps_newlines &= self.model.encode("\na")[: len(self._newline)] == self._newline
-        self.size, self.bos, self.eos = len(self.model), self.model.bos_id(), self.model.eos_id()
-        if not keeps_newlines:
-            raise InputError(f"{self.path}: loses newlines, so it is not a Llama tokenizer")
-        if min(self.bos, self.eos) < 0:
-            raise InputError(f"{self.path}: has no BOS or no EOS")
+            if any(self.decode(self.encode(text)) != text for text in ("\n", "\na", "a\nb", "a \n b\n", "1\n2\n\n")):
+                raise ValueError("it loses newlines or spaces")
+            if min(self.bos, self.eos) < 0:
+                raise ValueError("it has no BOS or no EOS")
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without BOS and EOS and without the space that SentencePiece puts before a text.
 
-        Encoding behind a newline, then cutting it off, keeps encode(a) + encode(b) = encode(a + b)
-        wherever b begins with a newline or a ends with one: no token depends on what follows.
+        Encoding after a newline, then cutting it off, keeps encode(a) + encode(b) = encode(a + b) at newlines.
         """
         return self.model.encode("\n" + text)[len(self._newline) :]
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(self._newline + ids)[1:]
+        return self.model.decode(self._newline + [i for i in ids if i < self.size])[1:]  # a padded vocabulary has more ids
 
 
 def ragged(rows: Sequence[Sequence[int]], fill: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Right-padded [B, longest]. Causal attention hides what comes after, so no mask is needed."""
     length = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
-
-
-def real(lengths: Tensor, width: int) -> Tensor:
-    """Which places of right-padded rows hold tokens. lengths [B] -> [B, width] bool"""
-    return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
 def holes_mask(seen: Tensor, T: int) -> Tensor:
@@ -502,7 +459,7 @@ def holes_mask(seen: Tensor, T: int) -> Tensor:
 
 
 def read_prompts(
-    model: Llama, prompts: Sequence[Sequence[int]], past: Past | None, offset: Tensor | None, seen: Tensor | None, adapter: Adapter
+    model: Llama, prompts: Sequence[Sequence[int]], past: Sequence[KV] | None, offset: Tensor | None, seen: Tensor | None, adapter: Adapter
 ) -> tuple[Tensor, list[KV], Tensor, Tensor]:
     """Read N prompts of unequal length, right-padded. Returns the logits after each, [N, V]; keys and values of past
     and prompts; which of these are real, [N, P + T], since padding follows a short prompt; the next position [N]."""
@@ -514,24 +471,18 @@ def read_prompts(
     last = torch.arange(N, device=device) * T + lengths - 1  # each row's last real token
     logits, present = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=last)
     seen = torch.ones(N, present[0][0].shape[2] - T, dtype=torch.bool, device=device) if seen is None else seen
-    return logits, present, torch.cat((seen, real(lengths, T)), dim=1), offset + lengths
+    return logits, present, torch.cat((seen, positions_of(tokens) < lengths[:, None]), dim=1), offset + lengths
 
 
 @torch.no_grad()
 def generate(
-    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int, past: Past | None = None,
+    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int, past: Sequence[KV] | None = None,
     offset: Tensor | None = None, seen: Tensor | None = None, adapter: Adapter = None, until: Sequence[int] = (),
 ) -> list[list[int]]:  # fmt: skip
-    """Greedy continuation of prompts of unequal length, each as if it were alone.
-
-    A row ends with EOS or with the tokens of `until`; neither is returned.
-
-    past [B, K, P, hd] per layer and offset [B] as in `Llama.forward`; seen [B, P] bool: which of the
-    past is real, where that differs from row to row.
-    """
+    """Greedy continuation of prompts of unequal length, each as if it were alone. A row ends with EOS or with the tokens of
+    `until`; neither is returned. seen [B, P] bool: which of the past is real, where that differs from row to row."""
     until = list(until)
     logits, present, seen, position = read_prompts(model, prompts, past, offset, seen, adapter)
-    present = [kv.with_room(max_new_tokens) for kv in present]
 
     def ending(row: list[int]) -> int:  # how many tokens of its end belong to the answer no more
         return row[-1:] == [eos] or len(until) * (row[-len(until) :] == until)

@@ -138,6 +138,8 @@ def assign(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
     for name in sorted(parameters.keys() ^ tensors.keys()):
         raise InputError(f"{source}: tensor {name} is {'missing' if name in parameters else 'not expected here'}")
     for name, parameter in parameters.items():
+        if not (tensors[name].is_floating_point() == parameter.is_floating_point() and tensors[name].isfinite().all()):
+            raise InputError(f"{source}: {name} doesn't hold finite numbers of the right kind")
         if parameter.shape != tensors[name].shape:
             expected, found = list(parameter.shape), list(tensors[name].shape)
             raise InputError(f"{source}: {name} has shape {found} where {expected} is needed: made for another model?")

@@ -10,6 +10,7 @@ With several processes (torchrun), LoRA runs are data-parallel, and hyperpretrai
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -28,13 +29,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data import Batch, report
-from eval import Run, final_results, measure, open_run, prepare, run_command
+from data import Batch, Formatter, report
+from eval import HeldOut, final_results, main_score, measure, prepare, run_command, show_answers
 from gist import trainable, trained
-from llama import InputError
+from llama import InputError, Tokenizer
 from lora import assign, load_tensors, save_tensors, write_json
-from tasks import Parser, add_options, positive, read_args, settle
-from tasks.prefix import INITS
+from tasks import PATHS, TASKS, Parser, Run, add_options, open_run, portable, read_args, settle
+from tools.report import plot
 
 BETAS, WARM_UP, MAX_NORM = (0.9, 0.99), 0.1, 1.0  # Adam; share of the steps; of the gradient
 
@@ -46,22 +47,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     parser = Parser(__doc__)
     add_options(parser)
     add = parser.add_argument
-    add("--downstream", choices=["frozen", "lora", "shared"], help="the model that answers: frozen; "
-        "with a LoRA set of its own (the paper's D); with the hypernetwork's set (Mu et al.'s gisting)")  # fmt: skip
-    add("--init", choices=INITS, help="prefix: what a prefix starts from: gists of --run; a prefix tuned on the training "
-        "tasks; random numbers; an MLP; the examples' first tokens; slots that pass through the layers")  # fmt: skip
-    add("--run", metavar="DIR", help="a finished run to start from (--init hyper: its hypernetwork)")
-    add("--rank", type=positive, help="LoRA rank (8)")
-    add("--alpha", type=float, help="LoRA scale (16)")
-    add("--steps", type=positive, help="optimizer steps")
-    add("--batch-size", type=positive, help="rows of examples in a batch, over all processes; gists serve 4 queries a row")
-    add("--accumulate", type=positive, help="batches in a step (1)")
-    add("--lr", type=float, help="highest learning rate of the LoRA sets (hyperpretrain: of the model)")
-    add("--gist-lr", type=float, help="highest learning rate of the gist embeddings")
-    add("--checkpoint-activations", action="store_true",
-        help="compute each layer again for its gradient, rather than keep what it needs: less memory, same bits")  # fmt: skip
-    add("--measure", type=int, metavar="N", help="score the held-out tasks about N times along the way (default: prefix 10, else never)")
-    add("--save-every", type=positive, metavar="STEPS", help="steps between checkpoints (100)")
     add("--out", metavar="DIR", help="run folder (default: runs/<task>-<method>…)")
     add("--resume", action="store_true", help="continue the run in --out, with its options")
     add("--overwrite", action="store_true", help="throw away what --out holds")
@@ -70,25 +55,14 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     args = settle(typed, read_args(Path(out)) if resume and out else None)  # what isn't said again is as it was
-    if args.run:
-        check_start(args)
     return args, Path(out or default_folder(args)), bool(resume), bool(overwrite)
-
-
-def check_start(args: argparse.Namespace) -> None:
-    """InputError where --run is not a finished hypernetwork that this run can start from."""
-    folder = Path(args.run)
-    before = read_args(folder)
-    if not (folder / "adapters.safetensors").exists() or (before["task"], before["method"]) != ("p3", "hyper"):
-        raise InputError(f"--run {folder}: not a finished hypernetwork for P3")
-    if before["gists"] != args.gists or Path(before["model"]).resolve() != Path(args.model).resolve():
-        raise InputError(f"--run {folder}: has {before['gists']} gists and the model {before['model']}, other than this run")
 
 
 def default_folder(args: argparse.Namespace) -> str:
     """A name that tells what differs from the defaults."""
-    kind = {"hyperpretrain": "", "prefix": f"-{args.init}"}.get(args.task, f"-{args.method}" + f"-{args.downstream}" * (args.method == "hyper"))
-    name, usual = args.task + kind, settle({"task": args.task, "lr": args.lr})
+    task, method = TASKS[args.task], f"-{args.method}" + f"-{args.downstream}" * (args.method == "hyper")
+    kind = f"-{args.init}" if args.init else method if hasattr(task, "load") else ""
+    name, usual = args.task + kind, settle({"task": args.task})
     for option in ("model", "data"):
         value = getattr(args, option)
         name += f"-{Path(value).name}" * (Path(value).resolve() != Path(getattr(usual, option)).resolve())
@@ -105,6 +79,8 @@ def start_processes() -> tuple[int, int]:
     """This process's rank, and how many there are: torchrun says so in the environment."""
     if "RANK" not in os.environ:
         return 0, 1
+    if not {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise InputError("RANK is set without WORLD_SIZE, LOCAL_RANK and MASTER_ADDR: torchrun sets them all")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -137,19 +113,34 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
-def make_optimizer(hyper: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Adam. LoRA updates start at zero, gist embeddings at the size of words: they learn at rates of their own."""
-    named = trainable(hyper)
-    groups = [
-        {"params": [p for name, p in named.items() if name != "gists"], "highest_lr": args.lr * getattr(hyper, "lr_share", 1)},
-        {"params": [p for name, p in named.items() if name == "gists"], "highest_lr": args.gist_lr},
-    ]
-    return torch.optim.AdamW(groups, args.lr, BETAS, weight_decay=0.0, fused=True)
+def make_optimizers(hyper: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW. LoRA updates start at zero, gist embeddings at the size of words: they learn at rates of their own.
+
+    With --optimizer muon (Jordan et al. 2024), the layers' matrices take Muon's steps, and the rest AdamW's at --gist-lr.
+    """
+    named, muon = trainable(hyper), args.optimizer == "muon"
+    slow = {name for name, p in named.items() if name == "gists" or muon and not (p.dim() == 2 and ".layers." in name)}
+    main, rest = ([p for name, p in named.items() if (name in slow) == part] for part in (False, True))
+    main = {"params": main, "highest_lr": args.lr * getattr(hyper, "lr_share", 1)}
+    rest = {"params": rest, "highest_lr": args.gist_lr}
+    if not muon:
+        return [torch.optim.AdamW([main, rest], args.lr, BETAS, weight_decay=0.0, fused=True)]
+    if not hasattr(torch.optim, "Muon") or isinstance(main["params"][0], DTensor):
+        raise InputError("--optimizer muon needs torch 2.9 or later and a single process; --optimizer adamw has no such needs")
+    return [torch.optim.Muon([main], args.lr, weight_decay=0.1, adjust_lr_fn="original"),
+            torch.optim.AdamW([rest], args.gist_lr, BETAS, weight_decay=0.0, fused=True)]  # fmt: skip
 
 
-def loss_of(hyper: nn.Module, batch: Batch) -> Tensor:
-    """The sum over target tokens."""
-    return F.cross_entropy(hyper(batch).float(), batch.targets, reduction="sum")
+def loss_of(hyper: nn.Module, batch: Batch, args: argparse.Namespace) -> Tensor:
+    """The loss: a sum over target tokens, to which other terms add their mean, weighted, for each target token.
+
+    targets   of the answer (in text: B and C) after the gists
+    lm        ordinary language modelling of the same text, so that compressing is not all the model can do
+    """
+    loss = F.cross_entropy(hyper(batch).float(), batch.targets, reduction="sum")
+    if batch.plain is not None:
+        loss = loss + args.lm * len(batch.targets) * F.cross_entropy(hyper(batch.plain).float(), batch.plain.targets)
+    return loss
 
 
 def train(
@@ -164,9 +155,9 @@ def train(
     The loss is the sum over target tokens divided by their number in the whole step, over all its
     batches and processes: a mean of means would give tokens of short batches more weight.
     """
-    parameters, optimizer = list(trainable(hyper).values()), make_optimizer(hyper, args)
+    parameters, optimizers = list(trainable(hyper).values()), make_optimizers(hyper, args)
     device, sharded = parameters[0].device, isinstance(parameters[0], DTensor)
-    first = load_state(out, hyper, optimizer) if resume else 0
+    first = load_state(out, hyper, optimizers, args.steps) if resume else 0
     left_out, interrupted = Counter(), []
     default = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
 
@@ -179,7 +170,7 @@ def train(
         following = draw(first) if first < args.steps else []
         for step in range(first, args.steps):
             began, batch = time.time(), following
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = schedule(step, args.steps) * group["highest_lr"]
             numbers = [sum(len(part.targets) for part in batch), sum(part.read for part in batch), bool(interrupted)]
             totals = torch.tensor(numbers, dtype=torch.float32, device=device)
@@ -187,13 +178,14 @@ def train(
 
             loss = torch.zeros((), device=device)
             for part in batch:
-                share = loss_of(hyper, part) / totals[0]
+                share = loss_of(hyper, part, args) / totals[0]
                 (share * world if sharded else share).backward()  # FSDP takes the mean of gradients; it is to be their sum
                 loss += share.detach()
             add_up(loss, *(parameter.grad for parameter in parameters if not sharded))
             norm = whole(torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM))
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
             for part in batch:
                 left_out += part.left_out
@@ -211,9 +203,9 @@ def train(
             log.flush()
             bar.set_postfix_str(f"loss {loss:.3f}, {read / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
-            stop = stop or world == 1 and interrupted  # (other processes hear of it in the next step)
+            stop = stop or (world == 1 and bool(interrupted))  # (other processes hear of it in the next step)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
-                save_state(out, hyper, optimizer, step + 1, rank)
+                save_state(out, hyper, optimizers, step + 1, rank)
             if stop:
                 raise KeyboardInterrupt
     signal.signal(signal.SIGINT, default)
@@ -223,73 +215,142 @@ def train(
 # -------------------------------------------------------------------------------- the folder of a run
 
 
+MARK = ".hyperllama"  # in every folder that we made; only files of these names are ever deleted, and only there
+NAMES = {MARK, "args.json", "log.jsonl", "state.safetensors", "adapters.safetensors", "results.json", "curve.png"}
+NAMES |= {"model.safetensors", "gists.safetensors", "config.json", "tokenizer.model", "shared", "average-*", "concat-*"}
+
+
+def ours(path: Path) -> bool:
+    return any(path.match(name) or path.match(f"{name}.partial") for name in NAMES)
+
+
 def check_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bool) -> None:
-    """Whether a run may write here, and go on with or throw away what is there. Changes nothing."""
+    """Whether a run may write here, and go on with or replace what is there. Changes nothing."""
     if resume:
         before = read_args(out)
         for name, value in vars(args).items():
-            if before.get(name) != value:
+            if before.get(name) != value and name != "threads":
                 raise InputError(f"{out}: --resume with {name} = {value}, but the run has {before.get(name)}")
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    place = out.resolve()
+    for name in PATHS:
+        other = Path(getattr(args, name) or os.devnull)
+        if place == other or place in other.parents or other in place.parents:
+            raise InputError(f"--out {out}: lies in, around or at --{name.replace('_', '-')} {other}")
+    nearest = next(path for path in (place, *place.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{out}: can't be used as a run folder ({nearest} is {'not writable' if nearest.is_dir() else 'a file'})")
-    if not resume and out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
+    if not resume and out.exists() and any(out.iterdir()):
+        if not (out / MARK).exists() or not all(map(ours, out.iterdir())):
+            raise InputError(f"{out}: holds something that no run of ours wrote, so it isn't used; --out names another folder")
         if not overwrite:
-            unfinished = "an unfinished run or other files (--resume goes on with a run)"
-            state = "a finished run" if (out / "results.json").exists() else unfinished
+            state = "a finished run" if (out / "results.json").exists() else "an unfinished run (--resume goes on with it)"
             raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
-        if not (out / "args.json").exists():
-            raise InputError(f"{out}: holds something that is not a run, so it is not overwritten")
 
 
 def open_folder(out: Path, args: argparse.Namespace, resume: bool) -> None:
-    """Make the run folder; what check_folder let pass is thrown away, or gone on with."""
-    if not resume and out.exists():
-        shutil.rmtree(out)
+    """Make the run folder, and hold it until this process ends. What check_folder let pass is set aside, or gone on with."""
+    aside = out.with_name(out.name + ".replaced")
+    bring_back(out)
+    if not resume and out.exists() and any(out.iterdir()):
+        lock(out)
+        remove(aside)
+        out.rename(aside)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "args.json", vars(args))
+    lock(out)
+    for path in out.glob("*.partial"):  # of a save that was killed
+        path.unlink()
+    write_json(out / "args.json", portable(args))
+
+
+def bring_back(out: Path) -> None:
+    """The run that was to be replaced, where the new one ended before it saved anything."""
+    aside = out.with_name(out.name + ".replaced")
+    if (aside / MARK).exists() and not (out / "state.safetensors").exists():
+        if out.exists():
+            remove(out)
+        aside.rename(out)
+
+
+def lock(out: Path) -> None:
+    """A second run in the same folder is refused, as long as this process lives."""
+    mark = open(out / MARK, "a")
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{out}: another run is writing here") from None
+    LOCKS.append(mark)
+
+
+LOCKS: list = []  # files that stay open
+
+
+def remove(folder: Path) -> None:
+    """Delete a run that we made: its known files, and the folder if nothing else is in it."""
+    for path in folder.iterdir() if (folder / MARK).exists() else ():
+        if ours(path):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def open_log(out: Path, first: int, rank: int):
-    """The log, to append to; without the steps that a killed run logged but didn't save."""
-    path, partial = out / "log.jsonl", out / "log.jsonl.partial"
+    """The log, to append to; without the steps that a killed run logged but didn't save, and without a torn line."""
+    path, kept = out / "log.jsonl", []
+    for line in path.read_bytes().splitlines() if rank == 0 and path.exists() else ():
+        try:
+            kept += [line.decode() + "\n"] if 0 < json.loads(line)["step"] <= first else []
+        except (ValueError, KeyError, TypeError):
+            break
     if rank == 0 and path.exists():
-        partial.write_text("".join(path.read_text().splitlines(keepends=True)[:first]))
+        partial = out / "log.jsonl.partial"
+        partial.write_text("".join(kept))
         os.replace(partial, path)
     return open(path if rank == 0 else os.devnull, "a")
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+def moments(optimizers: list[torch.optim.Optimizer]) -> dict[Tensor, tuple[torch.optim.Optimizer, tuple[str, ...]]]:
+    """For each parameter its optimizer, and the names of what that keeps of its gradients."""
+    names = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+    return {p: (o, names[type(o).__name__]) for o in optimizers for group in o.param_groups for p in group["params"]}
 
 
-def save_state(out: Path, hyper: nn.Module, optimizer: torch.optim.Optimizer, step: int, rank: int) -> None:
-    """All that the next step needs besides `args`: parameters, Adam's moments, and the step itself.
+def save_state(out: Path, hyper: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, rank: int) -> None:
+    """All that the next step needs besides `args`: parameters, the optimizers' moments, and the step itself.
 
     Whole tensors, whatever the number of processes: another number can go on.
     """
-    tensors = {}
+    tensors, kept = {}, moments(optimizers)
     for name, parameter in trainable(hyper).items():
-        parts = {name: parameter} | {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
+        optimizer, names = kept[parameter]
+        parts = {name: parameter} | {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in names}
         for key, part in parts.items():
             part = whole(part.detach())
             if rank == 0:
                 tensors[key] = part.cpu()
     if rank == 0:
         save_tensors(out / "state.safetensors", tensors, {"step": str(step)})
+        remove(out.with_name(out.name + ".replaced"))  # the run that this one replaces
 
 
-def load_state(out: Path, hyper: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_state(out: Path, hyper: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int) -> int:
     """The step to go on with; 0 where nothing was saved yet."""
     path = out / "state.safetensors"
     if not path.exists():
         return 0
     tensors, about = load_tensors(path)
-    parameters = trainable(hyper)
-    assign(parameters, {name: like(tensors[name], parameters[name]) for name in parameters if name in tensors}, path)
-    step = int(about["step"])
+    parameters, kept = trainable(hyper), moments(optimizers)
+    step = int(about["step"]) if about.get("step", "").isdecimal() else -1
+    if not 0 < step <= steps:
+        raise InputError(f"{path}: step {about.get('step')} is not one of the run's {steps}")
     for name, parameter in parameters.items():
-        moments = {moment: like(tensors[f"{moment}.{name}"], parameter) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
+        optimizer, names = kept[parameter]
+        for key in (name, *(f"{moment}.{name}" for moment in names)):  # the kernels that use them don't look at shapes
+            part = tensors.get(key)
+            if part is None or part.shape != parameter.shape or part.dtype != torch.float32 or not part.isfinite().all():
+                raise InputError(f"{path}: {key} isn't {list(parameter.shape)} finite float32 numbers")
+        own = {moment: like(tensors[f"{moment}.{name}"], parameter) for moment in names}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **own}
+    assign(parameters, {name: like(tensors[name], parameters[name]) for name in parameters}, path)
     return step
 
 
@@ -305,7 +366,29 @@ def train_and_save(run: Run, hyper: nn.Module, batches: Callable, out: Path, res
     return left_out
 
 
+def held_out_of_p3(args: argparse.Namespace, hyper: nn.Module) -> tuple[Run, HeldOut]:
+    """Hyperpretraining is watched on held-out tasks: P3's, answered by the model as it is, after gists of 16 examples."""
+    if dist.is_initialized():
+        raise InputError("--measure of --task hyperpretrain needs a single process")
+    own = {name: getattr(args, name) for name in ("model", "gists", "seed", "limit", "eval_batch_size")}
+    probe = settle(own | {"task": "p3", "steps": 0, "sets": 1} | ({"data": args.held_out} if args.held_out else {}))
+    run = Run(probe, hyper, Formatter(Tokenizer(args.model), probe.context, probe.query_length))
+    return run, prepare(run, run.task.load(probe, run.formatter, "test"))
+
+
 def main() -> None:
+    try:
+        run_training()
+    except BaseException:
+        for mark in LOCKS:
+            bring_back(Path(mark.name).parent)
+        raise
+    finally:
+        while LOCKS:
+            LOCKS.pop().close()
+
+
+def run_training() -> None:
     args, out, resume, overwrite = parse()
     rank, world = start_processes()
     if args.batch_size < world:
@@ -316,6 +399,7 @@ def main() -> None:
     hyper, task = run.hyper, run.task
     batches = task.batches(args, hyper, run.formatter)
     held_out = None if hasattr(task, "evaluate") else prepare(run, task.load(args, run.formatter, "test"))
+    batches(args.seed, range(args.batch_size))  # what can't be drawn is found before anything is replaced
     if rank == 0:
         open_folder(out, args, resume)
         count = sum(p.numel() for p in trainable(hyper).values())
@@ -326,12 +410,15 @@ def main() -> None:
         if hasattr(task, "shard"):
             task.shard(hyper)
     if hasattr(task, "start"):
-        task.start(run, held_out.tasks, out, read_args, lambda *some: train_and_save(run, *some, resume, rank, world))
+        task.start(run, held_out.tasks, out, lambda *some: train_and_save(run, *some, resume, rank, world))
+
+    measuring = (run, held_out) if held_out else held_out_of_p3(args, hyper) if args.measure else None
 
     def measured(step: int) -> dict:
         often = max(1, args.steps // args.measure) if args.measure else args.steps + 1
-        return measure(run, held_out) if args.measure and (step % often == 0 or step in (1, args.steps)) else {}
+        return measure(*measuring) if args.measure and (step % often == 0 or step in (1, args.steps)) else {}
 
+    before = main_score(run, held_out) if held_out and rank == 0 else None
     left_out = train_and_save(run, hyper, batches, out, resume, rank, world, measured=measured)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -339,10 +426,16 @@ def main() -> None:
         return
     if held_out is None:  # what others will load: whole, and rounded
         run.hyper = task.restore(args, out)
-    write_json(out / "results.json", final_results(run, held_out))
-    left_out += held_out.left_out if held_out else Counter()
-    if report(left_out):
-        print(report(left_out))
+    results = final_results(run, held_out, before, out)
+    if report(left_out + (held_out.left_out if held_out else Counter())):
+        print(report(left_out + (held_out.left_out if held_out else Counter())))
+    if args.measure:
+        plot([out], out / "curve.png")
+    if held_out:
+        show_answers(run, held_out)
+        texts = {"without examples": "zeroshot", "all examples in context": "fewshot"}
+        aside = [f"{text} {results['baselines'][name]:.1f}" for text, name in texts.items()]
+        print(" | ".join([f"before {before:.1f} → after {results['average']:.1f}", *aside]))
 
 
 if __name__ == "__main__":

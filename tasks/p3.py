@@ -22,10 +22,15 @@ from tasks.rows import READERS, as_text, existing, file_kind, read_lists
 
 FOLDER, MODEL = "P3", "llama-c"  # the miniature's data and checkpoint
 METRIC = "accuracy"
+OPTIONS = ("average", "concat")
 DEFAULTS = {
     "large": {"shots": 16, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
-    "tiny": {"shots": 16, "steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
+    "tiny": {"shots": 16, "steps": 300, "measure": 6, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
 }
+
+
+def score(answer: str, query: Example) -> float:
+    return 100.0 * (answer == query.target)
 
 
 def check(args: argparse.Namespace) -> None:

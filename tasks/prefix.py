@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from data import Batch, Episode, Formatter, collate
 from gist import Gists, load_base, load_trained, read_rows, save  # noqa: F401  called as tasks.prefix.save
 from gist import restore as restore_hyper
-from llama import InputError, Llama, Past, ragged
+from llama import KV, InputError, Llama, ragged
 from tasks import p3
 
 FOLDER, MODEL = "P3", "llama-c"  # the miniature's data and checkpoint
 METRIC = "accuracy"
+OPTIONS = ("init", "run")
+score = p3.score
 DEFAULTS = {
     "large": p3.DEFAULTS["large"] | {"steps": 3000, "lr": 3e-3, "measure": 10, "init": "hyper"},
     "tiny": p3.DEFAULTS["tiny"] | {"lr": 3e-2, "measure": 10, "init": "hyper"},
@@ -39,12 +41,20 @@ PROMPTS = (
 
 def check(args: argparse.Namespace) -> None:
     """InputError for options that don't go together."""
+    from tasks import read_args  # (which imports this module)
+
     if args.method != "hyper":
         raise InputError("--task prefix has no --method: --init says how a prefix starts")
     if args.downstream != "frozen":
         raise InputError(f"--downstream {args.downstream} belongs to a hypernetwork with LoRA sets, not to this run")
     if (args.init == "hyper") != (args.run is not None):
         raise InputError("--init hyper needs --run DIR, a finished run of --task p3; no other --init takes one")
+    if args.run:
+        folder, before = Path(args.run), read_args(Path(args.run))
+        if not (folder / "adapters.safetensors").exists() or (before["task"], before["method"]) != ("p3", "hyper"):
+            raise InputError(f"--run {folder}: not a finished hypernetwork for P3")
+        if before["gists"] != args.gists or Path(before["model"]).resolve() != Path(args.model).resolve():
+            raise InputError(f"--run {folder}: has {before['gists']} gists and the model {before['model']}, other than this run")
 
 
 def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list[p3.Prompt]:
@@ -106,7 +116,7 @@ class SoftPrefix(nn.Module):
             table[0] = model.embed_tokens.weight[words].view(tasks, length, c.width)
             self.table = nn.Parameter(table)
 
-    def past(self) -> Past:
+    def past(self) -> list[KV]:
         """Per layer keys and values [R, K, P, hd]."""
         c, dtype = self.model.config, self.model.embed_tokens.weight.dtype
         if self.kind == "propagate":
@@ -117,7 +127,7 @@ class SoftPrefix(nn.Module):
             table = table.unflatten(-1, (c.layers, 2, c.kv_heads, c.head_size)).permute(2, 3, 0, 4, 1, 5)
         return [(k.to(dtype), v.to(dtype)) for k, v in table]
 
-    def propagated(self) -> Past:
+    def propagated(self) -> list[KV]:
         """Slots see nothing but slots, so they can be read alone, before any query."""
         slots = torch.zeros_like(self.table[0], dtype=self.model.embed_tokens.weight.dtype)
         return self.model(slots, added=self.table, select=self.offset[:0])[1]
@@ -162,7 +172,7 @@ class PrefixBatches:
                 episode, some = self.draw(random.Random(f"{seed} {task.name if task else 'shared'} {number}"), task)
                 (query,) = episode.queries
                 target = self.formatter.target(episode, query.target) + [self.formatter.tokenizer.eos]
-                prompt = self.formatter.query(episode, query, self.formatter.query_length - len(target), False)
+                prompt = self.formatter.query(episode, query, self.formatter.query_length - len(target))
                 row.append(t)
                 prompts.append(prompt.tokens)
                 targets.append(target)
@@ -176,11 +186,13 @@ class PrefixBatches:
         )
 
 
-def start(run, tasks: list[p3.Prompt], out: Path, read_args: Callable, train: Callable) -> None:
+def start(run, tasks: list[p3.Prompt], out: Path, train: Callable) -> None:
     """What the prefixes start from, by --init: "hyper" and "text" read examples, "shared" is tuned before.
 
     train(hyper, batches, folder): the loop of train.py, in a folder of its own.
     """
+    from tasks import read_args
+
     args, hyper, formatter, device = run.args, run.hyper, run.formatter, run.device
     shots = [task.evaluation(args.seed, 0, args.shots, 1)[0] for task in tasks]
     if args.init == "hyper":

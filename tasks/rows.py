@@ -5,6 +5,7 @@ All raise InputError, one line with the file and the row, where a file isn't wha
 
 import json
 import mmap
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from llama import InputError, reading
 
 
 class JsonLines(Sequence):
-    """A .jsonl file, by line number. Only the places where lines begin are kept in memory."""
+    """A .jsonl file, by number; blank lines don't count. Only the places where lines begin are kept in memory."""
 
     def __init__(self, path: Path):
         data, newlines = map_file(path), [np.zeros(1, dtype=np.int64)]
@@ -24,13 +25,20 @@ class JsonLines(Sequence):
             newlines.append(np.flatnonzero(block == ord("\n")) + start + 1)
         if len(data) and data[len(data) - 1 :] != b"\n":  # the last line has no end of its own
             newlines.append(np.array([len(data)]))
-        self.path, self.bounds = path, np.concatenate(newlines)  # of n lines: n + 1
+        bounds = np.concatenate(newlines)  # of n lines: n + 1
+        short = np.flatnonzero(np.diff(bounds) <= 16)
+        blank = [i for i in short if not data[bounds[i] : bounds[i + 1]].strip()]
+        self.path, self.bounds, self.lines = path, bounds, np.delete(np.arange(len(bounds) - 1), blank)
 
     def __len__(self) -> int:
-        return len(self.bounds) - 1
+        return len(self.lines)
 
     def __getitem__(self, i: int) -> dict:
-        return parse_line(read_bytes(self.path, self.bounds[i], self.bounds[i + 1]), f"{self.path}: line {i + 1}")
+        line = self.lines[i]
+        return parse_line(read_bytes(self.path, self.bounds[line], self.bounds[line + 1]), self.where(i))
+
+    def where(self, i: int) -> str:
+        return f"{self.path}: line {self.lines[i] + 1}"
 
 
 def parse_line(line: bytes, where: str) -> dict:
@@ -100,7 +108,9 @@ READERS = {".jsonl": JsonLines, ".tfrecord": TFRecords, ".parquet": Parquet}
 
 
 def file_kind(path: Path) -> str | None:
-    return next((kind for kind in READERS if kind in path.name), None)
+    """By the end of its name: train.jsonl, train.tfrecord-00000-of-00001, train-00000-of-00002.parquet; no .bak, no ~."""
+    match = re.search(r"(\.jsonl|\.tfrecord|\.parquet)(-\d+-of-\d+)?$", path.name)
+    return match and match[1]
 
 
 def map_file(path: Path) -> mmap.mmap | bytes:
@@ -170,7 +180,7 @@ def parse_example(message: bytes) -> dict[str, list[bytes]]:
         for _, entry in _fields(features):
             parts = dict(_fields(entry))  # 1: name, 2: feature
             for kind, values in _fields(parts.get(2, b"")):
-                if kind == 1:  # a list of bytes
+                if kind == 1 and 1 in parts:  # a list of bytes
                     row[parts[1].decode()] = [value for _, value in _fields(values)]
     return row
 
@@ -188,8 +198,9 @@ def as_text(value: object, where: str) -> str:
     """A field as text; InputError that says where it stands, if it isn't."""
     with reading(where, "not text"):
         value = value.decode() if isinstance(value, bytes) else value
-    if not isinstance(value, str):
-        raise InputError(f"{where} is missing or not text")
+        if not isinstance(value, str):
+            raise InputError(f"{where} is missing or not text")
+        value.encode()  # JSON may hold half a character, which no tokenizer takes
     return value
 
 
@@ -205,8 +216,10 @@ def read_lists(folder: Path) -> dict[str, list[str]] | None:
         with reading(path, "not a list of tasks"):
             names[part] = path.read_text(encoding="utf-8").split()
         for name in names[part]:
-            if Path(name).name != name:
+            if name in (".", "..") or Path(name).name != name:  # (a symbolic link in the folder may lead out of it)
                 raise InputError(f"{path}: the task {name} is not in its folder")
+        if len(set(names[part])) < len(names[part]):
+            raise InputError(f"{path}: the task {max(names[part], key=names[part].count)} is listed twice")
     for name in sorted(set(names["train"]) & set(names["test"])):
         raise InputError(f"{folder}: the task {name} is in both lists")
     return names

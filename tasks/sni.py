@@ -8,8 +8,11 @@ import argparse
 import json
 import random
 import string
+import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,10 +24,38 @@ from tasks.rows import as_text, existing, read_lists
 
 FOLDER, MODEL = "natural-instructions", "llama-c"  # the miniature's data and checkpoint
 METRIC = "rougeL"
+OPTIONS = ("instruction_downstream", "fuse_instruction")
 DEFAULTS = {
     "large": {"shots": 2, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
-    "tiny": {"shots": 2, "steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 1},
+    "tiny": {"shots": 2, "steps": 300, "measure": 6, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 1},
 }
+
+
+@cache
+def rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and only needed here
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """ROUGE-L F1 in percent against the best reference, as Super-NaturalInstructions scores."""
+    return 100 * max(rouge_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references)
+
+
+def score(answer: str, query: Example) -> float:
+    return rouge_l(answer, query.references)
+
+
+def without_a_model(tasks: list[list[Episode]]) -> dict[str, list[list[float]]]:
+    """ROUGE-L of two answers that need no model: the input, and the output of the first example."""
+    values: dict[str, list[list[float]]] = {"copy_input": [], "copy_example": []}
+    for (episode,) in tasks:
+        example = episode.shots[0].target if episode.shots else ""
+        for name, answer in (("copy_input", None), ("copy_example", example)):
+            each = [rouge_l(query.input if answer is None else answer, query.references) for query in episode.queries]
+            values[name].append([statistics.fmean(each)])
+    return values
 
 
 def check(args: argparse.Namespace) -> None:
@@ -71,7 +102,7 @@ class SNITask:
         return Episode(picked, self.examples[:shots], LAYOUT, self.definition)
 
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
-        return [Episode(self.instances[:limit], self.examples[:shots], LAYOUT, self.definition)]
+        return [Episode(self.instances[: limit or None], self.examples[:shots], LAYOUT, self.definition)]
 
 
 def full_stop(text: str) -> str:

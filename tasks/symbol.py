@@ -19,10 +19,15 @@ from tasks.rows import JsonLines, as_text, existing, read_lists
 
 FOLDER, MODEL = "symbol", "llama-c"  # the miniature's data and checkpoint
 METRIC = "accuracy"
+OPTIONS = ("words",)
 DEFAULTS = {
     "large": {"shots": 4, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 10},
-    "tiny": {"shots": 4, "steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 10, "limit": 20},
+    "tiny": {"shots": 4, "steps": 300, "measure": 6, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 10, "limit": 20},
 }
+
+
+def score(answer: str, query: Example) -> float:
+    return 100.0 * (answer == query.target)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -150,7 +155,7 @@ def symbol_tasks(folder: str | Path, split: str, words: Sequence[str]) -> list[S
         classes: dict[str, list[str]] = {}
         rows = JsonLines(paths[name])
         for i, row in enumerate(rows):
-            where = f"{paths[name]}: line {i + 1}"
+            where = rows.where(i)
             if not isinstance(row.get("label"), (str, int)):
                 raise InputError(f"{where}: label is missing or neither text nor a whole number")
             classes.setdefault(str(row["label"]), []).append(as_text(row.get("text"), f"{where}: text").strip())

@@ -9,10 +9,13 @@ import gzip
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -32,9 +35,10 @@ from tasks.rows import as_text, existing, map_file, parse_line
 
 FOLDER, MODEL = "text", "llama"  # the miniature's data and checkpoint
 METRIC = "loss"
+OPTIONS = ("lm", "in_order", "held_out")
 DEFAULTS = {
-    "large": {"shots": 0, "steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5, "sets": 1},
-    "tiny": {"shots": 0, "steps": 300, "batch_size": 24, "lr": 3e-3, "gist_lr": 3e-3, "context": 145, "query_length": 65, "sets": 5},
+    "large": {"shots": None, "steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5, "sets": 1},
+    "tiny": {"shots": None, "steps": 300, "batch_size": 24, "lr": 3e-3, "gist_lr": 3e-3, "context": 145, "query_length": 65, "sets": 5},
 }
 
 
@@ -44,8 +48,6 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--task hyperpretrain trains all parameters of a hypernetwork: no --quantize, no other --method")
     if args.downstream != "frozen":
         raise InputError(f"--downstream {args.downstream} belongs to a hypernetwork with LoRA sets, not to this run")
-    if args.measure:
-        raise InputError("--measure counts the times that held-out tasks are scored; --task hyperpretrain has none")
 
 
 def build(args: argparse.Namespace) -> HyperLlama:
@@ -65,18 +67,22 @@ def save(hyper: HyperLlama, tensors: dict[str, Tensor], args: argparse.Namespace
 
 
 def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> "TextBatches":
-    return TextBatches(args.data, formatter, hyper.gist_ids)
+    rows = args.steps * args.accumulate * args.batch_size
+    return TextBatches(args.data, formatter, hyper.gist_ids, bool(args.lm), rows if args.in_order else 0)
 
 
 class TextBatches:
     """Segments A B C D of text: A and D are compressed, B C is predicted after their gists (paper, Section 5).
 
     A and D fill the formatter's context, B and C its query length. Files (.jsonl or .jsonl.gz
-    with `text`) are never read whole: a window begins at a random byte of them. The last twentieth
-    of each file is kept for evaluation.
+    with `text`) are never read whole: a window begins at a random byte of them. The documents in the
+    last twentieth of each file (at least one) are kept for evaluation; a file of one document trains.
+
+    plain     whether batches also hold the whole window for ordinary language modelling
+    in_order  so many rows take the files one after the other, by name; 0: each row draws a file
     """
 
-    def __init__(self, folder: str | Path, formatter: Formatter, gist_ids: list[int]):
+    def __init__(self, folder: str | Path, formatter: Formatter, gist_ids: list[int], plain: bool = False, in_order: int = 0):
         folder = existing(folder)
         paths = sorted(path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
         if not paths:
@@ -84,14 +90,20 @@ class TextBatches:
         self.paths, self.borders, self.sizes = paths, [], []
         self.unpacked = tempfile.TemporaryDirectory(prefix="text-")
         for n, path in enumerate(paths):
-            data = map_file(self.plain(n))
-            self.sizes.append(len(data))
-            self.borders.append(data.find(b"\n", len(data) * 19 // 20) + 1)  # after it: evaluation
-            if not 0 < self.borders[-1] < len(data):
-                raise InputError(f"{path}: too few lines to keep some for evaluation")
-            for at in (0, self.borders[-1]):  # a file that holds something else is found now
-                text_of(data[at : data.find(b"\n", at) + 1 or len(data)], f"{path}: byte {at}")
-        self.formatter, self.gist_ids = formatter, gist_ids
+            data = map_file(self.unpacked_path(n))
+            size = len(data[:].rstrip()) if len(data) < 1 << 16 else len(data)  # blank lines may end a small file
+            border = data.find(b"\n", size * 19 // 20, size) + 1 or data.rfind(b"\n", 0, max(0, size - 1)) + 1
+            self.sizes.append(size)
+            self.borders.append(border or size)  # after it: evaluation
+            if not size:
+                raise InputError(f"{path}: is empty")
+            if not border:
+                print(f"{path}: a single document, so none of it is kept for evaluation", file=sys.stderr)
+            for start in {0, border}:  # a file that holds something else is found now
+                text_of(data[start : data.find(b"\n", start) + 1 or size], f"{path}: byte {start}")
+        if self.borders == self.sizes:
+            raise InputError(f"{folder}: too few documents to keep some for evaluation")
+        self.formatter, self.gist_ids, self.plain, self.in_order = formatter, gist_ids, plain, in_order
         self.outer = (formatter.context - len(gist_ids) - 1) // 2  # tokens of A, and of D
         self.inner = (formatter.query_length - 1) // 2  # of B, and of C
         if min(self.outer, self.inner) < 1:
@@ -100,27 +112,42 @@ class TextBatches:
     def __str__(self) -> str:
         return f"{len(self.paths)} files of text"
 
-    def plain(self, n: int) -> Path:
+    def unpacked_path(self, n: int) -> Path:
         """File number n, or what was packed in it: nothing can be found inside a .gz, so it is unpacked once."""
         path, unpacked = self.paths[n], Path(self.unpacked.name) / str(n)
         if path.suffix != ".gz":
             return path
         if not unpacked.exists():
             with reading(path, "can't be unpacked"), open(unpacked, "wb") as file, gzip.open(path) as packed:
-                shutil.copyfileobj(packed, file)
+                room = 100 * path.stat().st_size + (1 << 26)  # text packs ten to one
+                while block := packed.read(1 << 20):
+                    file.write(block)
+                    if file.tell() > room:
+                        raise InputError(f"{path}: unpacks to more than a hundred times its size, so it isn't text")
         return unpacked
 
-    def window(self, rng: random.Random, test: bool) -> list[int]:
+    def file(self, rng: random.Random, test: bool, number: int) -> int:
+        """The file of a row: drawn by size, or (in order) the one that the row's share of the run falls in."""
+        if self.in_order and not test:
+            ends = list(accumulate(self.sizes))
+            return next(n for n, end in enumerate(ends) if number * ends[-1] < self.in_order * end or end == ends[-1])
+        weights = [size - border if test else size for size, border in zip(self.sizes, self.borders)]
+        return rng.choices(range(len(self.paths)), weights)[0]
+
+    def window(self, rng: random.Random, test: bool, number: int = 0) -> list[int]:
         """The tokens of A B C D: a stretch of one text, or of several where they are short."""
         needed, eos = 2 * (self.outer + self.inner), self.formatter.tokenizer.eos
-        (file,) = rng.choices(range(len(self.paths)), self.sizes)
-        path, data, border = self.paths[file], map_file(self.plain(file)), self.borders[file]
+        file = self.file(rng, test, number)
+        path, data, border = self.paths[file], map_file(self.unpacked_path(file)), self.borders[file]
         start, end = (border, self.sizes[file]) if test else (0, border)
         at = data.find(b"\n", rng.randrange(start, end), end) + 1 or start  # the beginning of some line
         tokens: list[int] = []
         for _ in range(needed + 1):
             at = start if at >= end else at
             stop = data.find(b"\n", at, end) + 1 or end
+            if not data[at:stop].strip():  # a blank line
+                at = stop
+                continue
             text = text_of(data[at:stop], f"{path}: byte {at}")
             # A text needn't be read whole: no token has more than 32 letters on average.
             skip = rng.randrange(max(1, len(text) - 32 * needed)) if not tokens else 0
@@ -136,13 +163,16 @@ class TextBatches:
 
     def __call__(self, seed: int, rows: Sequence[int], test: bool = False) -> Batch:
         """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
-        bos, context, targets = self.formatter.tokenizer.bos, [], []
+        bos, context, targets, windows = self.formatter.tokenizer.bos, [], [], []
         for number in rows:
-            tokens = self.window(random.Random(f"{'test ' * test}{seed} {number}"), test)
+            tokens = self.window(random.Random(f"{'test ' * test}{seed} {number}"), test, number)
             middle = slice(self.outer, self.outer + 2 * self.inner)
             context.append([bos, *tokens[: middle.start], *tokens[middle.stop :], *self.gist_ids])
             targets.append(tokens[middle])
-        return collate(context, list(range(len(context))), [[bos]] * len(context), targets)
+            windows.append(tokens)
+        count = len(context)
+        batch = collate(context, list(range(count)), [[bos]] * count, targets)
+        return replace(batch, plain=collate(None, [0] * count, [[bos]] * count, windows)) if self.plain and not test else batch
 
 
 def text_of(line: bytes, where: str) -> str:
@@ -151,51 +181,61 @@ def text_of(line: bytes, where: str) -> str:
 
 # ----------------------------------------------------------------------------------------- evaluation
 
-WINDOWS = 64  # stretches of text to evaluate on
+WINDOWS = 128  # stretches of text to evaluate on
 
 
 @torch.no_grad()
-def evaluate(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> tuple[dict, list[list[str]]]:
-    """Loss per token on C after B: with the gists of A and D, without, with A and D in full.
-
-    Returns what results.json holds, and the lines of a table. "kept" is the share of the context's
-    benefit that the gists keep, in percent: (without - gists) / (without - in full).
-    """
-    began, rows_of, G = time.time(), batches(args, hyper, formatter), len(hyper.gists)
-    device, losses = hyper.gists.device, {name: [] for name in ("gists", "none", "full", "other")}
+def losses(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter, gists: bool = True) -> dict[str, float]:
+    """Loss per token on C after B, on held-out text: with the gists of A and D, with another text's, without, with A and D in full."""
+    rows_of, G, device = TextBatches(args.data, formatter, hyper.gist_ids), len(hyper.gists), hyper.gists.device
+    each: dict[str, list[float]] = {}
     count = min(WINDOWS, args.limit or WINDOWS)
     for start in tqdm(range(0, count, args.eval_batch_size), desc="evaluating", leave=False):
         size = min(args.eval_batch_size, count - start)
         # One row more: the gists of the next text are the control.
         more = rows_of(args.seed, range(start, start + size + 1), test=True).to(device)
-        gists = hyper.compress(more.examples)
-        rows = torch.arange(size, device=device)
-        gists, others = gists[rows], gists[rows + 1]
         tokens, width = more.tokens[:size], more.tokens.shape[1]
         targets = more.targets.view(size + 1, -1)[:size, rows_of.inner :]
-        full = read_rows(hyper.model, more.examples[:size, :-G].tolist())
+        full = read_rows(hyper.model, more.examples[:size, : more.examples.shape[1] - G].tolist())
         full.seen = None  # all rows have the same length
-        for name, prefix in {"gists": gists, "none": None, "full": full, "other": others}.items():
-            before = {} if prefix is None else prefix.before(width)
-            logits, _ = hyper.model(tokens, **before)
+        prefixes = {"none": None, "full": full}
+        if gists:
+            every, rows = hyper.compress(more.examples), torch.arange(size, device=device)
+            prefixes |= {"gists": every[rows], "other": every[rows + 1]}
+        for name, prefix in prefixes.items():
+            logits, _ = hyper.model(tokens, **({} if prefix is None else prefix.before(width)))
             on_c = logits[:, rows_of.inner :].float()  # BOS and B come before it
-            losses[name] += F.cross_entropy(on_c.transpose(1, 2), targets, reduction="none").mean(1).tolist()
-    means = {name: statistics.fmean(values) for name, values in losses.items()}
-    kept = 100 * (means["none"] - means["gists"]) / (means["none"] - means["full"])
-    head = ["loss per token of C", "gists of A D", "no prefix", "A D in full", "other text's gists", "share kept"]
+            each.setdefault(name, []).extend(F.cross_entropy(on_c.transpose(1, 2), targets, reduction="none").mean(1).tolist())
+    return {name: statistics.fmean(values) for name, values in each.items()}
+
+
+def evaluate(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> tuple[dict, list[list[str]]]:
+    """What results.json holds, and the lines of a table.
+
+    "kept" is the share of the context's benefit that the gists keep, in percent. The benefit is that
+    of the model before hyperpretraining, since training changes the full-context loss as well:
+    (without - gists) / (without - in full), where without and in full are the untouched model's.
+    """
+    began, now = time.time(), losses(args, hyper, formatter)
+    before = losses(args, build_hyper(args, whole=True).requires_grad_(False), formatter, gists=False)
+    kept = 100 * (before["none"] - now["gists"]) / (before["none"] - before["full"])
+    lines = [
+        ["loss per token of C", "gists of A D", "no prefix", "A D in full", "other text's gists", "share kept"],
+        ["before", "", f"{before['none']:.3f}", f"{before['full']:.3f}", "", ""],
+        ["after", *(f"{now[name]:.3f}" for name in ("gists", "none", "full", "other")), f"{kept:.0f} %"],
+    ]
     results = {
         "task": args.task,
         "method": args.method,
         "metric": METRIC,
-        "tasks": {"text": {"mean": means["gists"], "std": None, "n": count}},
-        "average": means["gists"],
-        "baselines": {"zeroshot": means["none"], "fewshot": means["full"]},
-        "controls": {"other_task": means["other"]},
+        "tasks": {"text": {"mean": now["gists"], "std": None, "n": min(WINDOWS, args.limit or WINDOWS)}},
+        "average": now["gists"],
+        "baselines": {"zeroshot": before["none"], "fewshot": before["full"]},
+        "controls": {"no_prefix": now["none"], "in_full": now["full"], "other_task": now["other"]},
         "kept": kept,
         "seconds": round(time.time() - began, 1),
-        "args": vars(args),
     }
-    return results, [head, ["mean", *(f"{means[name]:.3f}" for name in losses), f"{kept:.0f} %"]]
+    return results, lines
 
 
 # ---------------------------------------------------------------------------------- sharding and export

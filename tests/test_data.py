@@ -32,7 +32,7 @@ def test_examples_that_do_not_fit_are_left_out_whole(tokenizer):
 def test_a_long_query_keeps_its_end(tokenizer):
     formatter = Formatter(tokenizer, context=60, query_length=30)
     long = Example("cat " + "dog " * 100 + "fox", "yes")
-    prompt = formatter.query(Episode([long], [], PLAIN), long, 28, instruct=False)
+    prompt = formatter.query(Episode([long], [], PLAIN), long, 28)
     text = tokenizer.decode(prompt.tokens[1:])
     assert text.startswith("\nInput:\n") and text.endswith("fox\nOutput:\n") and "cat" not in text
     assert len(prompt.tokens) == 28
@@ -45,7 +45,7 @@ def test_a_long_definition_leaves_room_for_the_query(tokenizer):
     query = Example("dog cat", "fox")
     episode = Episode([query], [], SNI_LAYOUT, "dog " * 500)
     formatter = Formatter(tokenizer, 100, 160)
-    prompt = formatter.query(episode, query, 150, instruct=True)
+    prompt = formatter.query(episode, query, 150, "inside")
     assert len(prompt.tokens) <= 150 and tokenizer.decode(prompt.tokens[1:]).endswith("Input: dog cat\nOutput:")
     row = formatter.context_row(episode, [-1, -2])
     assert len(row.tokens) <= 100

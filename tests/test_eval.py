@@ -11,12 +11,12 @@ from conftest import REAL_DATA, ROOT, G, needs_real_data, random_hyper
 
 import eval as evaluation
 from data import Episode, Example
-from eval import HeldOut, Run, average, open_run, prepare, rouge_l, score_options, settings
+from eval import HeldOut, average, prepare, print_lines, score_options, settings
 from gist import read_rows, trainable
 from llama import InputError
-from tasks import TASKS
+from tasks import TASKS, Run, open_run
 from tasks.p3 import Prompt, Split, p3_tasks
-from tasks.sni import sni_tasks
+from tasks.sni import rouge_l, sni_tasks
 from tasks.symbol import symbol_tasks
 from tiny.make import write_jsonl
 from train import parse
@@ -79,7 +79,7 @@ def a_run(task):
 
 def held_out(tasks, sizes):
     """Tasks with so many queries each."""
-    return HeldOut(tasks, [[[Episode([Example("x", "y")] * size, [])] for size in sizes]], Counter())
+    return HeldOut(tasks, [[[Episode([Example("x", "y")] * size, [])] for size in sizes]], Counter(), [{"hyper": 0.0, "fewshot": 0.0}] * len(sizes))
 
 
 def test_datasets_with_many_prompts_weigh_the_same():
@@ -98,7 +98,9 @@ FEW = ["--shots", 4, "--limit", 6]
 
 
 def evaluate(run, tasks):
-    return evaluation.evaluate(run, prepare(run, tasks))
+    results, lines = evaluation.evaluate(run, prepare(run, tasks))
+    print_lines(lines)
+    return results
 
 
 def test_order_of_tasks_and_batch_size_change_no_result(capsys):
@@ -112,14 +114,17 @@ def test_order_of_tasks_and_batch_size_change_no_result(capsys):
 def test_results_have_their_fields_and_the_table_its_columns(capsys):
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:2]
     results = json.loads(json.dumps(evaluate(tiny_run(*FEW, "--sets", 2), tasks)))
-    assert list(results) == ["task", "method", "metric", "tasks", "average", "std", "baselines", "controls", "seconds", "args"]
+    assert list(results) == ["task", "method", "metric", "tasks", "average", "std", "before", "shots", "baselines", "controls", "seconds", "args"]
     assert results["tasks"].keys() == {task.name for task in tasks}
     for row in results["tasks"].values():
-        assert row.keys() == {"mean", "std", "n"} and row["std"] is not None and row["n"] == 6
+        assert row.keys() == {"mean", "std", "n", "shots"} and row["std"] is not None and row["n"] == 6
+        assert row["shots"] == {"hyper": 4, "fewshot": 4}
     assert results["baselines"].keys() == {"zeroshot", "fewshot"}
     assert results["controls"].keys() == {"no_prefix", "other_task", "mean_pooled", "fewer_shots"}
     table = capsys.readouterr().out
-    assert all(task.name in table for task in tasks) and "average" in table and "mean-pooled" in table
+    assert all(task.name in table for task in tasks) and "average" in table and "mean-pooled" in table and "4-shot" in table
+    assert "no prefix" not in table and results["controls"]["no_prefix"] == results["baselines"]["zeroshot"], "shown once"
+    assert "first 6 of each" in table
 
 
 def test_untouched_baselines_do_not_move_with_training(capsys):
@@ -151,7 +156,7 @@ def test_what_the_draw_does_not_change_is_scored_once(monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "score", counting)
     evaluate(tiny_run(*FEW, "--sets", 2), p3_tasks(ROOT / "tiny" / "P3", "test")[:2])
     twice = ("hyper", "{shots}-shot", "other task", "mean-pooled", "fewer shots")
-    assert scored == {"0-shot": 2, "no prefix": 2} | dict.fromkeys(twice, 4)
+    assert scored == {"0-shot": 2} | dict.fromkeys(twice, 4), "and no prefix is 0-shot"
 
 
 def test_an_empty_evaluation_split_is_refused(tmp_path):
@@ -237,11 +242,17 @@ def test_bad_options_of_eval_are_refused(argv, message):
 
 def test_evaluation_options_reach_a_run_and_others_stay(tmp_path):
     model = str(ROOT / "tiny" / "llama-c")
-    saved = {"task": "p3", "method": "hyper", "model": model, "data": "d", "gists": 5, "sets": 2, "controls": True}
+    saved = {"task": "p3", "method": "hyper", "model": model, "data": "d", "gists": 5, "limit": 2, "controls": True}
     (tmp_path / "args.json").write_text(json.dumps(saved))
-    args, folder, out = settings([str(tmp_path), "--sets", "3", "--data", "there"])
+    there = tmp_path / "there"
+    there.mkdir()
+    with pytest.raises(InputError, match="d: no such folder, which this run was made with; --data says"):
+        settings([str(tmp_path)])
+    args, folder, out = settings([str(tmp_path), "--sets", "3", "--data", str(there)])
+    assert args.limit == 0, "what a run was tried with is not inherited"
+    (tmp_path / "args.json").write_text(json.dumps(saved | {"data": str(there)}))
     assert isinstance(args, argparse.Namespace) and out == folder == tmp_path
-    assert (args.gists, args.sets, args.controls, args.data, args.model) == (5, 3, True, "there", model)
+    assert (args.gists, args.sets, args.controls, args.data, args.model) == (5, 3, True, str(there), model)
     for same_as_default in ("--gists", "16"), ("--shots", "16"):
         with pytest.raises(InputError, match="can't be changed"):
             settings([str(tmp_path), *same_as_default])

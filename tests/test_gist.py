@@ -7,6 +7,7 @@ from conftest import G, config, random_hyper
 from data import collate
 from gist import Gists, combine, gist_mask, load_gists, mean_pooled, read_rows, save_gists
 from llama import InputError, generate, ragged
+from lora import save_tensors
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 GIST_IDS = [50 + i for i in range(G)]
@@ -121,7 +122,7 @@ def test_a_prefix_made_at_another_offset_answers_the_same():
 def test_the_offset_is_the_position_after_the_last_gist():
     hyper, rows = random_hyper(), ragged_rows()
     tokens = ragged([e for e, _ in rows])
-    assert hyper.compress(tokens).offset.tolist() == [len(e) for e, _ in rows]
+    assert hyper.compress(tokens).offset.tolist() == [G] * len(rows), "gists stand at 0 … G-1 whatever came before them"
     assert hyper.compress(tokens, torch.tensor([5, 0, 1, 2])).offset.tolist() == [
         len(e) + s for (e, _), s in zip(rows, (5, 0, 1, 2))
     ]
@@ -235,8 +236,8 @@ def test_sets_of_unequal_length_are_averaged_at_equal_positions():
     """The mean of both, recomputed one by one so that they end at the common offset."""
     hyper = random_hyper()
     combined = combine(hyper, SETS)
-    alone = [hyper.compress(torch.tensor([row]), start=torch.tensor([9 - len(row)])) for row in SETS]
-    assert [gists.offset.item() for gists in alone] == [9, 9, 9] == combined.offset.tolist() * 3
+    alone = [hyper.compress(torch.tensor([row]), start=torch.tensor([G - len(row)])) for row in SETS]
+    assert [gists.offset.item() for gists in alone] == [G, G, G] == combined.offset.tolist() * 3
     for layer, (k, v) in enumerate(combined.past):
         torch.testing.assert_close(k, sum(gists.past[layer][0] for gists in alone) / 3, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(v, sum(gists.past[layer][1] for gists in alone) / 3, atol=1e-5, rtol=1e-5)
@@ -247,9 +248,9 @@ def test_sets_of_unequal_length_are_averaged_at_equal_positions():
 def test_sets_side_by_side_follow_one_another():
     hyper = random_hyper()
     combined = combine(hyper, SETS, side_by_side=True)
-    ends = [combined.offset.item() - 2 * G, combined.offset.item() - G, combined.offset.item()]
+    ends = [G, 2 * G, 3 * G]
+    assert combined.offset.tolist() == [3 * G]
     alone = [hyper.compress(torch.tensor([row]), start=torch.tensor([end - len(row)])) for row, end in zip(SETS, ends)]
-    assert min(end - len(row) for row, end in zip(SETS, ends)) == 0, "no further back than needed"
     for layer, (k, v) in enumerate(combined.past):
         torch.testing.assert_close(k, torch.cat([gists.past[layer][0] for gists in alone], dim=2), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(v, torch.cat([gists.past[layer][1] for gists in alone], dim=2), atol=1e-5, rtol=1e-5)
@@ -288,10 +289,19 @@ def test_a_saved_prefix_answers_the_same_and_in_its_own_model_alone(tmp_path):
     hyper, about = random_hyper(), {"model": "a", "run": "b"}
     gists = hyper.compress(torch.tensor([SETS[1]]))
     save_gists(tmp_path / "g.safetensors", gists, about)
-    loaded = load_gists(tmp_path / "g.safetensors", about, "cpu")
+    loaded = load_gists(tmp_path / "g.safetensors", about, hyper.model)
     query = torch.tensor([[1, 20, 21]])
     (one, _), (other, _) = (hyper.model(query, **g.before(3)) for g in (gists, loaded))
     assert torch.equal(one, other)
     for key in about:
         with pytest.raises(InputError, match=f"another {key}"):
-            load_gists(tmp_path / "g.safetensors", about | {key: "x"}, "cpu")
+            load_gists(tmp_path / "g.safetensors", about | {key: "x"}, hyper.model)
+    good = {"offset": gists.offset} | {f"{i}.{part}": x for i, kv in enumerate(gists.past) for part, x in zip(("key", "value"), kv)}
+    for change, message in (
+        ({"offset": torch.tensor([10**12])}, "offset"), ({"offset": torch.tensor([3.0])}, "offset"), ({"0.key": None}, "not a saved prefix"),
+        ({"1.value": gists.past[1][1][:, :, :2]}, "1.value"), ({"2.key": gists.past[2][0].int()}, "2.key"),
+        ({"0.value": gists.past[0][1] * torch.nan}, "0.value"), ({"0.key": gists.past[0][0].expand(2, -1, -1, -1)}, "0.key"),
+    ):  # fmt: skip
+        save_tensors(tmp_path / "bad.safetensors", {name: x for name, x in (good | change).items() if x is not None}, about)
+        with pytest.raises(InputError, match=message):
+            load_gists(tmp_path / "bad.safetensors", about, hyper.model)

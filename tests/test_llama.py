@@ -95,18 +95,6 @@ def test_selected_positions_keep_their_gates():
     torch.testing.assert_close(model(x, adapter=adapter, select=select)[0], full, **TOLERANCE)
 
 
-def test_a_past_with_room_reads_like_one_without():
-    model, x = random_llama(), tokens(2, 9)
-    _, past = model(x[:, :4])
-    roomy = [layer.with_room(5) for layer in past]
-    for part in (x[:, 4:7], x[:, 7:]):
-        offset = positions(*[past[0][0].shape[2]] * 2)
-        (plain, past), (same, roomy) = (model(part, past=before, offset=offset) for before in (past, roomy))
-        torch.testing.assert_close(same, plain, **TOLERANCE)
-        torch.testing.assert_close([list(layer) for layer in roomy], [list(layer) for layer in past], **TOLERANCE)
-    assert roomy[0][0].shape[2] == 9 and roomy[0][0].untyped_storage().nbytes() == roomy[0].buffers[0].nbytes
-
-
 # --------------------------------------------------------------------------------------- generation
 
 

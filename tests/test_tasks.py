@@ -124,10 +124,27 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         all_of(tmp_path)
 
 
-def test_a_blank_line_is_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
-    with pytest.raises(InputError, match="a.jsonl: line 2: not JSON"):
-        list(JsonLines(tmp_path / "a.jsonl"))
+def test_blank_lines_are_no_rows_and_lines_keep_their_numbers(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n  \r\n{"a": 2}\nno\n\n')
+    rows = JsonLines(tmp_path / "a.jsonl")
+    assert len(rows) == 3 and [rows[i]["a"] for i in range(2)] == [1, 2]
+    with pytest.raises(InputError, match="a.jsonl: line 5: not JSON"):
+        rows[2]
+
+
+def test_text_that_is_not_unicode_is_refused_with_its_place(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write('{"inputs_pretokenized": "half \\ud800", "targets_pretokenized": "yes"}\n')
+    with pytest.raises(InputError, match="row 2 of train: inputs_pretokenized: not text .it is not UTF-8"):
+        all_of(tmp_path)
+
+
+def test_copies_of_a_file_are_not_data(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    for name in ("train.jsonl.bak", "train.jsonl~", "train.jsonl-00000"):
+        write_jsonl(tmp_path / name, ROWS)
+    assert len(all_of(tmp_path)) == 3
 
 
 def test_a_file_of_lists_that_is_not_text_is_refused(tmp_path):
@@ -319,7 +336,7 @@ def test_the_prompt_of_sni_is_that_of_tk_instruct(tokenizer):
     episode = task.draw(random.Random(0), 2, 1)
     formatter, query = Formatter(tokenizer, 400, 100), episode.queries[0]
     row, lead, _ = formatter.context_row(episode)
-    query_row = formatter.query(episode, query, 90, instruct=False, bos=False).tokens
+    query_row = formatter.query(episode, query, 90, bos=False).tokens
     text = tokenizer.decode(row[1:] + query_row + formatter.target(episode, query.target))
     (a, b), x = task.examples, query.input
     expected = (
@@ -329,8 +346,9 @@ def test_the_prompt_of_sni_is_that_of_tk_instruct(tokenizer):
     )
     assert text == expected
     assert tokenizer.decode(row[1:lead]) == f"Definition: {task.definition}\n\n"
-    with_definition = formatter.query(episode, query, 90, instruct=True).tokens
-    assert with_definition == [tokenizer.bos] + row[1:lead] + query_row
+    for instruct in ("inside", "before"):
+        with_definition = formatter.query(episode, query, 90, instruct).tokens
+        assert with_definition == [tokenizer.bos] + row[1:lead] + query_row
 
 
 # ------------------------------------------------------------------------------------ symbol tuning
@@ -423,6 +441,30 @@ def test_evaluation_text_is_never_trained_on(tokenizer, tmp_path):
     assert len(numbers[True]) > 3 and not numbers[True] & numbers[False]
 
 
+def test_files_are_read_in_order_where_that_is_asked_and_every_row_depends_on_its_number(tokenizer, tmp_path):
+    for name, word in (("1.jsonl", "fox"), ("2.jsonl", "owl")):
+        (tmp_path / name).write_text((json.dumps({"text": f"{word} " * 80}) + "\n") * 30)
+    batches = TextBatches(tmp_path, Formatter(tokenizer, 30, 21), [2000, 2001], plain=True, in_order=40)
+    word_of = ["owl" in tokenizer.decode(batches(0, [n]).targets.tolist()) for n in range(40)]
+    assert word_of == [False] * 20 + [True] * 20
+    batch = batches(0, range(2))
+    assert batch.plain.examples is None and len(batch.plain.targets) == 2 * (30 - 2 - 2 + 20), "A B C D as ordinary text"
+
+
+def test_a_document_longer_than_a_twentieth_of_its_file_is_still_evaluation_text(tokenizer, tmp_path):
+    lines = [json.dumps({"text": "dog " * 30})] * 5 + [json.dumps({"text": "cat " * 3000})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
+    batches = text_batches(tokenizer, tmp_path)
+    assert "cat" not in tokenizer.decode(batches(0, range(20)).targets.tolist())
+    assert "dog" not in tokenizer.decode(batches(0, range(20), test=True).targets.tolist())
+
+
+def test_a_gz_that_unpacks_without_end_is_refused(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"a" * (80 << 20)))
+    with pytest.raises(InputError, match="hundred times its size"):
+        text_batches(tokenizer, tmp_path)
+
+
 def test_packed_text_equals_plain_text(tokenizer, tmp_path):
     source = (ROOT / "tiny" / "text" / "text.jsonl").read_bytes()
     for name, content in (("plain/a.jsonl", source), ("packed/a.jsonl.gz", gzip.compress(source))):
@@ -438,7 +480,7 @@ def test_packed_text_equals_plain_text(tokenizer, tmp_path):
 def test_short_texts_are_joined_and_bad_lines_are_refused(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "dog"}\n' * 400)
     assert len(text_batches(tokenizer, tmp_path)(0, range(2)).targets) == 40
-    for content, message in (('{"text": ""}\n' * 400, None), ('{"txt": "a"}\n' * 40, "text is missing"), ("no\n" * 40, "byte 0: not JSON"), ("", "too few lines")):
+    for content, message in (('{"text": ""}\n' * 400, None), ('{"txt": "a"}\n' * 40, "text is missing"), ("no\n" * 40, "byte 0: not JSON"), ("", "is empty"), ('{"text": "dog"}', "too few documents")):
         (tmp_path / "a.jsonl").write_text(content)
         if message:
             with pytest.raises(InputError, match=message):

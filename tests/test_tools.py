@@ -9,7 +9,9 @@ from conftest import ROOT, random_hyper, run, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama import InputError, holes_mask
+from llama import InputError, Tokenizer, generate, holes_mask, load
+from lora import load_tensors
+from tasks import open_run, read_args, settle
 from tools.cost import flops
 from tools.report import compare, plot
 
@@ -69,6 +71,50 @@ def test_only_a_finished_hypernetwork_compresses_own_examples(tmp_path, hypernet
         assert f"{out}: has no hypernetwork" in refused
 
 
+QUESTIONS = ["The fox sleeps.", "A dog waits near the rope.", "The red cow is in the barn.", "fox", "Which is it, the dog?"]
+
+
+def test_a_saved_prefix_answers_in_transformers_as_it_does_here(tmp_path, hypernetwork):
+    """Greedy, to the token, without position ids: the gists stand at 0 … G-1, as a cache of G tokens does."""
+    transformers = pytest.importorskip("transformers")
+    examples, saved = tmp_path / "my.jsonl", tmp_path / "my.safetensors"
+    examples.write_text("".join(json.dumps({"input": f"The {w} is old.", "output": o}) + "\n" for w, o in (("fox", "kilo"), ("dog", "jade"))))
+    run(hypernetwork, "--examples", examples, "--save", saved, program="answer")
+    folder = ROOT / "tiny" / "llama-c"
+    tokenizer, theirs = Tokenizer(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    gists = load_tensors(saved)[0]
+    assert gists["offset"].tolist() == [gists["0.key"].shape[2]] == [4]
+    for question in QUESTIONS:
+        cache = transformers.DynamicCache()
+        for i in range(theirs.config.num_hidden_layers):
+            cache.update(gists[f"{i}.key"], gists[f"{i}.value"], i)
+        prompt = [tokenizer.bos, *tokenizer.encode(f"\nInput:\n{question}\nOutput:\n")]
+        ids = torch.tensor([[0] * 4 + prompt])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        past = [(gists[f"{i}.key"], gists[f"{i}.value"]) for i in range(theirs.config.num_hidden_layers)]
+        ours = generate(load(folder), [prompt], 12, tokenizer.eos, past, gists["offset"])[0]
+        new = out[0, ids.shape[1] :].tolist()
+        assert (new[: new.index(tokenizer.eos)] if tokenizer.eos in new else new) == ours
+
+
+@pytest.mark.parametrize("downstream", ["frozen", "lora"])
+def test_exported_adapters_open_in_peft_with_the_same_logits(tmp_path, downstream):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    train(tmp_path / "run", "--steps", "2", "--no-controls", "--measure", "0", "--downstream", downstream)
+    run(tmp_path / "run", "--out", tmp_path / "peft", program="export")
+    names = ["hyper"] + ["downstream"] * (downstream == "lora")
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == sorted(names)
+    ours = open_run(settle({}, read_args(tmp_path / "run")), tmp_path / "run").hyper.model
+    x = torch.randint(3, 900, (2, 20), generator=torch.Generator().manual_seed(0))
+    for name in names:
+        base = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "llama-c", dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft" / name).eval()
+        with torch.no_grad():
+            mine = ours(x, adapter=name)[0]
+            torch.testing.assert_close(mine, theirs(x).logits, atol=1e-4, rtol=1e-4)
+            assert (mine - ours(x)[0]).abs().max() > 1e-3, "the set does something"
+
+
 # ----------------------------------------------------------------------------------------- the cost
 
 
@@ -120,6 +166,27 @@ def test_a_table_of_runs_has_mean_and_deviation(tmp_path):
     with pytest.raises(InputError, match="no runs"):
         compare([tmp_path])
     assert run("table", tmp_path / "one_row", tmp_path / "two", program="report").stdout.splitlines() == lines
+
+
+def test_a_picture_says_what_it_shows(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import matplotlib.pyplot as pyplot
+
+    labels = []
+    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, *_, **__: labels.append((figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel())))
+    write_run(tmp_path / "measured", 60.0)
+    write_run(tmp_path / "text", 1.0, task="hyperpretrain")
+    unmeasured = tmp_path / "unmeasured"
+    write_run(unmeasured, 60.0)
+    (unmeasured / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "seconds": 1.0}) + "\n")
+    for folder in ("measured", "text", "unmeasured"):
+        run("plot", tmp_path / folder, "--out", tmp_path / "a.png", program="report")
+    run("plot", tmp_path / "measured", "--by", "shots", "--out", tmp_path / "a.png", program="report")
+    accuracy = "accuracy on held-out rows, %"
+    assert labels == [("step", accuracy), ("step", accuracy), ("step", "loss per token"), ("shots", accuracy)]
+    (unmeasured / "log.jsonl").write_text("")
+    assert "nothing to draw" in run("plot", unmeasured, "--out", tmp_path / "a.png", program="report", status=2).stderr
+    assert "ends in .png" in run("plot", unmeasured, "--out", tmp_path / "curves", program="report", status=2).stderr
 
 
 def test_curves_are_drawn(tmp_path):

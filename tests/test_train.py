@@ -1,9 +1,11 @@
 """The command: real runs of a few steps, resuming, bad input."""
 
 import argparse
+import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +16,12 @@ import torch
 from conftest import REAL_DATA, ROOT, SHORT, command, needs_real_data, random_hyper, random_llama, run, train, write_hf
 from safetensors import safe_open
 
+import tasks
 import train as training
 from data import collate
-from eval import open_run, run_command
+from eval import run_command
 from llama import load
-from lora import load_tensors
+from lora import load_tensors, save_tensors
 
 
 def contents(out):
@@ -33,7 +36,11 @@ def contents(out):
 
 
 def assert_same(one, other):
-    (tensors, log, results), (tensors2, log2, results2) = contents(one), contents(other)
+    assert_equal(contents(one), contents(other))
+
+
+def assert_equal(one, other):
+    (tensors, log, results), (tensors2, log2, results2) = one, other
     assert tensors.keys() == tensors2.keys() and all(torch.equal(tensors[k], tensors2[k]) for k in tensors)
     assert log == log2 and [line["step"] for line in log] == list(range(1, len(log) + 1))
     assert {**results, "args": None} == {**results2, "args": None}
@@ -50,7 +57,7 @@ def test_accumulated_batches_have_the_loss_of_one_batch(tmp_path):
     batch_of = {(0,): parts[0], (1,): parts[1], (0, 1): whole}
     lines, states = [], []
     for accumulate, size in ((2, 1), (1, 2)):
-        args = argparse.Namespace(seed=0, steps=1, accumulate=accumulate, batch_size=size, lr=1e-3, gist_lr=1e-3, save_every=1)
+        args = argparse.Namespace(seed=0, steps=1, accumulate=accumulate, batch_size=size, lr=1e-3, gist_lr=1e-3, save_every=1, optimizer="adamw", lm=0.0)
         out = tmp_path / str(accumulate)
         out.mkdir()
         training.train(random_hyper(), lambda seed, numbers: batch_of[tuple(numbers)], args, out, False, rank=0, world=1)
@@ -88,7 +95,7 @@ def test_every_variant_trains_all_its_tensors_and_evaluates_the_same_later(tmp_p
         if name.startswith("exp_avg_sq."):
             assert tensor.abs().max() > 0, f"{name} never had a gradient"
     before = json.loads((out / "results.json").read_text())
-    run(out, program="eval")
+    run(out, "--limit", "4", "--sets", "2", program="eval")
     after = json.loads((out / "results.json").read_text())
     assert after | {"seconds": 0} == before | {"seconds": 0}
 
@@ -118,10 +125,19 @@ def test_checkpointed_activations_change_no_bit(tmp_path, task):
 ], ids=str)  # fmt: skip
 def test_every_task_runs_and_evaluates_the_same_later(tmp_path, task, variant):
     out = tmp_path / "run"
-    run("--task", task, "--steps", "2", "--batch-size", "2", "--limit", "2", "--sets", "2", "--no-controls", "--out", out, *variant)
+    short = ["--steps", "2", "--batch-size", "2", "--limit", "2", "--sets", "2", "--no-controls", "--measure", "0"]
+    if task == "sni":  # two of the held-out tasks: answers of an untrained model are long
+        source, data = ROOT / "tiny" / "natural-instructions", tmp_path / "sni"
+        (data / "splits" / "default").mkdir(parents=True)
+        (data / "tasks").symlink_to(source / "tasks")
+        for part in ("train", "test"):
+            names = (source / "splits" / "default" / f"{part}_tasks.txt").read_text().split()
+            (data / "splits" / "default" / f"{part}_tasks.txt").write_text("\n".join(names[:2]))
+        short += ["--data", data]
+    run("--task", task, *short, "--out", out, *variant)
     before = contents(out)[2]
     assert before["task"] == task and before["metric"] == {"sni": "rougeL", "symbol": "accuracy"}[task]
-    run(out, program="eval")
+    run(out, "--limit", "2", "--sets", "2", "--no-controls", program="eval")
     assert contents(out)[2] == before
 
 
@@ -145,20 +161,23 @@ def test_real_p3_files_train_and_evaluate(tmp_path):
 @needs_real_data
 def test_real_sni_files_train_and_evaluate(tmp_path):
     data, out = REAL_DATA / "natural-instructions", tmp_path / "run"
-    done = run("--task", "sni", "--steps", "2", "--batch-size", "1", "--limit", "1", "--no-controls", "--data", data, "--out", out)
+    done = run("--task", "sni", "--steps", "2", "--batch-size", "1", "--limit", "1", "--no-controls", "--measure", "0", "--data", data, "--out", out)
     assert "have no file and are left out" in done.stderr and len(contents(out)[2]["tasks"]) == 5
+
+
+HELD_OUT = len((ROOT / "tiny" / "P3" / "splits" / "test_tasks.txt").read_text().split())
 
 
 @pytest.mark.parametrize("init", ["hyper", "shared", "random", "reparam", "text", "propagate"])
 def test_every_start_of_prefix_tuning_runs_resumes_and_evaluates(tmp_path, hypernetwork, init):
     out = tmp_path / "run"
-    start = ["--task", "prefix", "--gists", "4", "--shots", "4", "--limit", "4", "--batch-size", "1", "--init", init]
+    start = ["--task", "prefix", "--gists", "4", "--shots", "4", "--limit", "4", "--batch-size", "1", "--measure", "10", "--init", init]
     start += ["--steps", "4", "--save-every", "2", "--sets", "1", "--out", out, *(["--run", hypernetwork] if init == "hyper" else [])]
     run(*start)
     tensors, log, results = contents(out)
-    assert [line["step"] for line in log if "score" in line] == [1, 2, 3, 4] and len(log[-1]["scores"]) == 8
+    assert [line["step"] for line in log if "score" in line] == [1, 2, 3, 4] and len(log[-1]["scores"]) == HELD_OUT
     assert results["average"] == pytest.approx(log[-1]["score"], abs=0.01)
-    run(out, program="eval")
+    run(out, "--limit", "4", "--sets", "1", program="eval")
     assert contents(out)[2] == results
     (out / "results.json").unlink()
     (out / "adapters.safetensors").unlink()
@@ -192,7 +211,8 @@ def test_a_run_never_talks_to_the_network(tmp_path, monkeypatch):
 
 # -------------------------------------------------- compression hyperpretraining, several processes
 
-PRETRAIN = ["--task", "hyperpretrain", "--batch-size", "4", "--gists", "4", "--save-every", "2", "--limit", "4"]
+PRETRAIN = ["--task", "hyperpretrain", "--batch-size", "4", "--gists", "4", "--save-every", "2", "--limit", "4", "--measure", "0"]
+PRETRAIN += ["--optimizer", "adamw", "--lr", "3e-3", "--gist-lr", "3e-3"]
 
 STOP_AFTER_TWO = """
 import os, signal, sys
@@ -225,7 +245,7 @@ def test_a_hyperpretrained_model_can_be_used(tmp_path):
     run(*PRETRAIN, "--steps", "2", "--out", tmp_path / "c")
     results = json.loads((tmp_path / "c" / "results.json").read_text())
     assert results["metric"] == "loss" and results["kept"] is not None and results["baselines"]["fewshot"] > 0
-    run(tmp_path / "c", program="eval")
+    run(tmp_path / "c", "--limit", "4", program="eval")
     again = json.loads((tmp_path / "c" / "results.json").read_text())
     assert again | {"seconds": 0, "args": 0} == results | {"seconds": 0, "args": 0}
     run(tmp_path / "c", "--limit", "1", "--out", tmp_path / "one", program="eval")
@@ -234,7 +254,7 @@ def test_a_hyperpretrained_model_can_be_used(tmp_path):
     train(tmp_path / "run", "--steps", "1", "--model", tmp_path / "c")  # 4 gists: the checkpoint's own
     own, gists = load(tmp_path / "c"), load_tensors(tmp_path / "c" / "gists.safetensors")[0]["gists"]
     assert not torch.equal(own.embed_tokens.weight, load(ROOT / "tiny" / "llama").embed_tokens.weight)
-    started = open_run(training.parse(["--task", "p3", "--model", str(tmp_path / "c"), "--gists", "4"])[0])
+    started = tasks.open_run(training.parse(["--task", "p3", "--model", str(tmp_path / "c"), "--gists", "4"])[0])
     assert torch.equal(started.hyper.gists, gists)
 
 
@@ -418,20 +438,28 @@ def error(monkeypatch, capsys, *argv):
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
+    out = tmp_path / "runs" / "run"
     start = ["--task", "p3", "--out", out]
-    small = write_hf(tmp_path / "small", random_llama())
+    small, empty = write_hf(tmp_path / "small", random_llama()), tmp_path / "empty"
+    empty.mkdir()
     for argv, message in (
-        (["--model", tmp_path / "no"], "not a Llama checkpoint"),
+        (["--model", tmp_path / "no"], "no such folder"),
+        (["--model", empty], "not a Llama checkpoint"),
         (["--model", small], "tokenizer.model"),
-        (["--data", tmp_path / "no"], "no such data folder"),
-        (["--data", tmp_path], "no training tasks"),
+        (["--data", tmp_path / "no"], "no such folder"),
+        (["--data", empty], "no training tasks"),
         (["--shots", "500"], "too few"),
         (["--context", "4000"], "positions"),
         (["--method", "zeroshot", "--downstream", "lora"], "--downstream"),
         (["--gists", "0"], "positive"),
         (["--lr", "nan"], "--lr"),
+        (["--lr", "0"], "--lr"),
         (["--gist-lr", "-1"], "--gist-lr"),
+        (["--alpha", "inf"], "--alpha"),
+        (["--seed", "-1"], "--seed"),
+        (["--rank", "10000000000"], "--rank"),
+        (["--device", "meta"], "--device meta"),
+        (["--gists", "5000", "--context", "9000"], "positions"),
         (["--resume"], "not the folder of a run"),
         (["--resume", "--overwrite"], "exclude"),
         (["--gists", "600", "--context", "600"], "no room"),
@@ -442,15 +470,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys)
         (["--init", "random"], "belong to --task prefix"),
         (["--task", "prefix"], "needs --run"),
         (["--task", "prefix", "--run", tmp_path / "no"], "not the folder of a run"),
-        (["--task", "prefix", "--init", "random", "--run", tmp_path], "no other --init"),
+        (["--task", "prefix", "--init", "random", "--run", empty], "no other --init"),
         (["--task", "prefix", "--init", "text", "--method", "fewshot"], "no --method"),
-        (["--task", "sni", "--data", tmp_path], "no splits/default"),
-        (["--task", "symbol", "--data", tmp_path], "no train sets"),
+        (["--task", "sni", "--data", empty], "no splits/default"),
+        (["--task", "symbol", "--data", empty], "no train sets"),
         (["--task", "symbol", "--words", tmp_path / "no"], "not a file of words"),
         (["--task", "hyperpretrain", "--data", tmp_path / "small"], "no .jsonl"),
         (["--task", "hyperpretrain", "--quantize"], "no --quantize"),
-        (["--task", "hyperpretrain", "--measure", "2"], "--measure"),
         (["--measure", "-1"], "--measure"),
+        (["--lm", "0.5"], "belong to --task hyperpretrain"),
         (["--task", "hyperpretrain", "--downstream", "lora"], "--downstream lora"),
     ):
         assert message in error(monkeypatch, capsys, *start, *argv), argv
@@ -473,8 +501,133 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed_as_another(tmp_path, 
     train(out, "--steps", "1", "--overwrite", "--seed", "3")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "not a run" in refused("--out", tmp_path / "mine", "--overwrite")
+    assert "no run of ours" in refused("--out", tmp_path / "mine", "--overwrite")
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_only_what_a_run_wrote_is_ever_deleted(tmp_path, monkeypatch, capsys):
+    """Folders that look like a run, by their name or by a file, and a run that somebody put a file into."""
+    train(tmp_path / "run", "--steps", "1")
+    for name in ("mine.partial", "run"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "thesis.txt").write_text("precious")
+    (tmp_path / "args").mkdir()
+    (tmp_path / "args" / "args.json").write_text("{}")
+    for name, kept in (("mine.partial", "thesis.txt"), ("run", "thesis.txt"), ("args", "args.json")):
+        line = error(monkeypatch, capsys, "--task", "p3", *SHORT, "--steps", "1", "--overwrite", "--out", tmp_path / name)
+        assert "no run of ours" in line and (tmp_path / name / kept).exists()
+
+
+@pytest.mark.parametrize("option", ["--model", "--data"])
+def test_a_run_never_lies_in_around_or_at_what_it_reads(tmp_path, monkeypatch, capsys, option):
+    source = tmp_path / "around" / "source"
+    shutil.copytree(ROOT / "tiny" / ("llama-c" if option == "--model" else "P3"), source)
+    (source / ".hyperllama").touch()
+    for out in (source, source / "inside", tmp_path / "around"):
+        line = error(monkeypatch, capsys, "--task", "p3", *SHORT, "--steps", "1", "--overwrite", option, source, "--out", out)
+        assert f"lies in, around or at {option}" in line
+    assert len(list(source.iterdir())) > 3
+
+
+def test_a_run_is_replaced_only_when_the_new_one_has_saved_something(tmp_path):
+    out = tmp_path / "run"
+    train(out, "--steps", "1")
+    before = contents(out)
+    train(out, "--steps", "3", "--lr", "1e30", "--overwrite", status=2)  # ends before its first state
+    train(out, "--steps", "1", "--task", "prefix", "--init", "text", "--gists", "600", "--overwrite", status=2)
+    assert_equal(contents(out), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    train(out, "--steps", "2", "--overwrite")
+    assert len(contents(out)[1]) == 2 and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    train(out, "--steps", "1")
+    with open(out / ".hyperllama", "a") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        for options in (["--overwrite"], ["--resume"]):
+            line = error(monkeypatch, capsys, "--task", "p3", *SHORT, "--steps", "1", "--out", out, *options)
+            assert "another run is writing here" in line
+    assert (out / "results.json").exists()
+
+
+def test_results_are_kept_where_nothing_can_be_printed(tmp_path):
+    out = tmp_path / "run"
+    train(out, "--steps", "1")
+    for redirect in (">&-", "> /dev/full", "2>&- >&-"):
+        (out / "results.json").unlink()
+        subprocess.run(f"{sys.executable} eval.py {out} --limit 2 --sets 1 --no-controls {redirect}", shell=True, cwd=ROOT, capture_output=True)
+        assert json.loads((out / "results.json").read_text())["average"] >= 0
+    ascii_terminal = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "eval.py", out, "--limit", "2", "--sets", "2", "--no-controls"], cwd=ROOT, env=ascii_terminal, capture_output=True)
+    assert done.returncode == 0 and b" ? " in done.stdout  # the plus-minus sign
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"exp_avg.gists": torch.zeros(2)}, "exp_avg.gists isn't"), ({"exp_avg_sq.gists": None}, "exp_avg_sq.gists isn't"),
+    ({"exp_avg.gists": torch.full((4, 128), torch.nan)}, "exp_avg.gists isn't"), ({"gists": torch.zeros(4, 128, dtype=torch.int32)}, "gists isn't"),
+    ("-1", "step -1"), ("3.5", "step 3.5"), ("99", "step 99"), ("nan", "step nan"),
+], ids=range(8))  # fmt: skip
+def test_a_crafted_state_is_refused(tmp_path, half_a_run, change, message):
+    out = tmp_path / "run"
+    shutil.copytree(half_a_run, out)
+    tensors, about = load_tensors(out / "state.safetensors")
+    if isinstance(change, str):
+        about["step"] = change
+    else:
+        tensors = {name: t for name, t in (tensors | change).items() if t is not None}
+    save_tensors(out / "state.safetensors", tensors, about)
+    assert message in run("--resume", "--out", out, status=2).stderr
+
+
+@pytest.fixture(scope="module")
+def half_a_run(tmp_path_factory):
+    """A run of two steps, of which one is saved."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    train(out, "--steps", "2", "--save-every", "1", "--lr", "1e30", "--no-controls", status=2)
+    return out
+
+
+def test_a_log_that_was_torn_is_mended(tmp_path):
+    train(tmp_path / "whole", "--steps", "4", "--save-every", "2")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    with open(tmp_path / "cut" / "log.jsonl", "ab") as log:
+        log.write(b'{"step": 5, "lo\xff\xfe')
+    run("--resume", "--out", tmp_path / "cut")
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_path_in_a_run_works_from_any_folder_and_says_when_it_moved(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "tiny" / "llama-c", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    train("run", "--steps", "1", "--model", "model", "--no-controls")
+    monkeypatch.chdir("/")
+    again = ["--limit", "2", "--sets", "1", "--no-controls"]
+    run(tmp_path / "run", *again, program="eval")
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    gone = run(tmp_path / "run", *again, program="eval", status=2).stderr
+    assert f"{tmp_path / 'model'}: no such folder" in gone and "--model says where it is now" in gone
+    run(tmp_path / "run", *again, "--model", tmp_path / "elsewhere", program="eval")
+
+
+def test_a_model_with_other_weights_in_any_layer_is_refused(tmp_path):
+    train(tmp_path / "run", "--steps", "1", "--no-controls")
+    shutil.copytree(ROOT / "tiny" / "llama-c", tmp_path / "other")
+    tensors, about = load_tensors(tmp_path / "other" / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"] *= 2
+    save_tensors(tmp_path / "other" / "model.safetensors", tensors, about)
+    line = run(tmp_path / "run", "--model", tmp_path / "other", "--limit", "1", program="eval", status=2).stderr
+    assert "was trained on another model" in line
+
+
+def test_scores_that_are_not_finite_are_refused(tmp_path):
+    shutil.copytree(ROOT / "tiny" / "llama-c", tmp_path / "broken")
+    tensors, about = load_tensors(tmp_path / "broken" / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0] = torch.nan
+    save_tensors(tmp_path / "broken" / "model.safetensors", tensors, about)
+    line = run("--task", "p3", "--method", "zeroshot", "--model", tmp_path / "broken", "--limit", "1", "--out", tmp_path / "e", program="eval", status=2).stderr
+    assert "aren't finite" in line and not (tmp_path / "e" / "results.json").exists()
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch, capsys):

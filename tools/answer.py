@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 
 from data import PLAIN, Episode, Example, report
-from eval import Run, ask, open_run, run_command, score_options, write_answers
-from gist import Gists, checksum, load_gists, save_gists
+from eval import ask, run_command, score_options, write_answers
+from gist import Gists, load_gists, save_gists
 from llama import InputError
-from tasks import MOVABLE, TASKS, Parser, read_args, settle
+from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle
 from tasks.rows import JsonLines, as_text
+from tools.export import export
 
 
 def belongs_to(run: Run, folder: Path) -> dict[str, str]:
     """Checksums of the model and the run that make and read a prefix: it means nothing to others."""
     trained = hashlib.sha256((folder / "adapters.safetensors").read_bytes())
-    return {"model": checksum(run.hyper.model), "run": trained.hexdigest()[:16]}
+    return {"model": run.hyper.model.checksum, "run": trained.hexdigest()[:16]}
 
 
 def layout(run: Run):
@@ -33,9 +34,10 @@ def layout(run: Run):
 @torch.no_grad()
 def compress_examples(run: Run, path: Path) -> Gists:
     """The gists of a user's own examples, a .jsonl file with input and output; says what that saves."""
+    rows = JsonLines(path)
     examples = [
-        Example(*(as_text(row.get(field), f"{path}: line {i + 1}: {field}") for field in ("input", "output")))
-        for i, row in enumerate(JsonLines(path))
+        Example(*(as_text(row.get(field), f"{rows.where(i)}: {field}") for field in ("input", "output")))
+        for i, row in enumerate(rows)
     ]
     if not examples:
         raise InputError(f"{path}: holds no examples")
@@ -58,7 +60,9 @@ def compress_examples(run: Run, path: Path) -> Gists:
 def answer(run: Run, gists: Gists, text: str, options: list[str]) -> str:
     """The answer to one input after a prefix: the best option with its probability, or generated text."""
     episode = Episode([Example(text, "", tuple(options))], [], layout(run))
-    (prompt,), choices = ask(run.formatter, episode, instruct=False)
+    (prompt,), choices = ask(run.formatter, episode)
+    if report(prompt.left_out):
+        print(report(prompt.left_out), file=sys.stderr)
     if options:
         mean = run.args.score == "mean"
         (scores,) = score_options(run.hyper.model, [prompt.tokens], choices, gists, run.hyper.answerer, mean)
@@ -77,14 +81,18 @@ def main() -> None:
     add("--gists", metavar="FILE", help="answer after gists that were kept")
     add("--input", metavar="TEXT", help="what to answer (default: each line of stdin)")
     add("--options", metavar="A,B,…", help="answers to choose from (default: the model writes its own)")
-    for name in sorted(MOVABLE - {"data"}):
-        add(f"--{name}", help="other than the run's")
+    add_places(parser)
     typed = vars(parser.parse_args())
     folder, (examples, save, kept, text, options) = Path(typed.pop("folder")), (typed.pop(n, None) for n in ("examples", "save", "gists", "input", "options"))
     if (examples is None) == (kept is None):
         raise InputError("name either --examples FILE or --gists FILE")
     if save and not examples:
         raise InputError("--save needs --examples")
+    choices = [option.strip() for option in (options or "").split(",")] if options is not None else []
+    if not all(choices) or len(set(choices)) < len(choices) or len(choices) == 1:
+        raise InputError(f"--options {options}: needs two or more different answers, with a comma between them")
+    if save and Path(save).resolve() == Path(examples).resolve():
+        raise InputError(f"--save {save}: holds the examples")
     args = settle(typed, read_args(folder))
     if args.method != "hyper" or not (folder / "adapters.safetensors").exists() or hasattr(TASKS[args.task], "start"):
         raise InputError(f"{folder}: has no hypernetwork to compress examples with")
@@ -92,17 +100,18 @@ def main() -> None:
     if examples:
         gists = compress_examples(run, Path(examples))
     else:
-        gists = load_gists(Path(kept), belongs_to(run, folder), run.device, run.hyper.model.embed_tokens.weight.dtype)
+        gists = load_gists(Path(kept), belongs_to(run, folder), run.hyper.model)
     if save:
         save_gists(Path(save), gists, belongs_to(run, folder))
         print(f"saved as {save}, {Path(save).stat().st_size:,} bytes")
-    choices = [option.strip() for option in (options or "").split(",") if option.strip()]
+        if run.hyper.answerer:  # elsewhere, the prefix needs the set that answers after it
+            export(run, run.hyper.answerer, Path(f"{Path(save).with_suffix('')}-adapter"))
     if text is not None:
-        print(answer(run, gists, text, choices))
+        print(answer(run, gists, as_text(text, "--input"), choices))
     elif not save:
         for line in sys.stdin:
             if line.strip():
-                print(answer(run, gists, line.strip(), choices), flush=True)
+                print(answer(run, gists, as_text(line.strip(), "stdin"), choices), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """What examples cost in context, kept as keys and values, and as gists (compression included).
 
     python -m tools.cost RUN        for the run's model, and for Llama-2-7B
+    python -m tools.cost --real     what TinyLlama and Llama-2-7B need, as computed from their shapes
 """
 
 import math
 import statistics
 from pathlib import Path
 
-from eval import Run, ask, open_run, print_lines, run_command
-from llama import Config
-from tasks import MOVABLE, Parser, read_args, settle
+from eval import ask, print_lines, run_command
+from llama import Config, InputError
+from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle
 
+TINYLLAMA = Config(32000, 2048, 22, 32, 4, 64, 5632, 1e-5, 10000.0, 2048)
 LLAMA_2_7B = Config(32000, 4096, 32, 32, 32, 128, 11008, 1e-5, 10000.0, 4096)
 
 
@@ -34,11 +36,36 @@ def flops(c: Config, tokens: int, past: int = 0, logits: int = 0, rank: int = 0,
     return layers + 2 * logits * c.width * c.vocab
 
 
+def print_needs() -> None:
+    """Weights in memory, and what a training run of 10,000 steps takes: 4 prefixes of 1,024 tokens a step, 4 queries of 128 each."""
+    lines = [["as computed", "TinyLlama-1.1B", "Llama-2-7B"]]
+    rows: dict[str, list[str]] = {}
+    for c in (TINYLLAMA, LLAMA_2_7B):
+        attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
+        matrices, outside = c.layers * (attention + 3 * c.width * c.hidden), 2 * c.vocab * c.width
+        lora = 8 * c.layers * (c.head_size * (2 * c.heads + 2 * c.kv_heads) + 4 * c.width + 3 * (c.width + c.hidden))
+        # forward, and backward through the base for what lies before it: the base's own weights get no gradient
+        step = 4 * 2 * (flops(c, 1024, rank=8, kept=16) + 4 * flops(c, 128, 16, 8))
+        for name, value in {
+            "parameters": f"{(matrices + outside) / 1e9:.2f} billion",
+            "weights in bf16": f"{2 * (matrices + outside) / 1e9:.1f} GB",
+            "weights with --quantize": f"{(matrices * (0.5 + 1 / 64 + 4 / 64 / 256) + 2 * outside) / 1e9:.1f} GB",
+            "LoRA set and its Adam, float32": f"{12 * lora / 1e9:.2f} GB",
+            "gists of a task, 16, bf16": f"{2 * 2 * c.layers * c.kv_heads * c.head_size * 16 / 2**20:.1f} MiB",
+            "keys and values of 373 tokens, bf16": f"{2 * 2 * c.layers * c.kv_heads * c.head_size * 373 / 1e6:.0f} MB",
+            "operations of 10,000 steps": f"{step * 1e4 / 1e18:.2f} × 10¹⁸",
+            "hours of it at 100 TFLOP/s (a GPU)": f"{step * 1e4 / 1e14 / 3600:.1f}",
+            "hours of it at 0.2 TFLOP/s (two CPU cores)": f"{step * 1e4 / 2e11 / 3600:,.0f}",
+        }.items():
+            rows.setdefault(name, []).append(value)
+    print_lines(lines + [[name, *values] for name, values in rows.items()], total=False)
+
+
 def print_cost(run: Run) -> None:
     args, formatter = run.args, run.formatter
     drawn = [task.evaluation(args.seed, 0, args.shots, 20)[0] for task in run.task.load(args, formatter, "test")]
     examples = round(statistics.fmean(len(formatter.context_row(e, budget=args.context - args.gists).tokens) for e in drawn))
-    query = round(statistics.fmean(len(p.tokens) for e in drawn for p in ask(formatter, e, instruct=False)[0]))
+    query = round(statistics.fmean(len(p.tokens) for e in drawn for p in ask(formatter, e)[0]))
     G = args.gists
     print(f"{examples} tokens of examples, {query} of a query (means of {args.data}), {G} gists; one logit row a query\n")
     adapted, weight = args.rank if run.hyper.answerer else 0, run.hyper.model.embed_tokens.weight
@@ -61,12 +88,20 @@ def print_cost(run: Run) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    for name in sorted(MOVABLE):
-        parser.add_argument(f"--{name}", help="other than the run's")
+    parser.add_argument("folder", metavar="RUN", nargs="?", help="folder of a finished run")
+    parser.add_argument("--real", action="store_true", help="what real models need")
+    add_places(parser)
     typed = vars(parser.parse_args())
+    if typed.pop("real", False):
+        print_needs()
+        return
+    if "folder" not in typed:
+        raise InputError("name a RUN, or --real")
     folder = Path(typed.pop("folder"))
-    print_cost(open_run(settle(typed, read_args(folder)), folder))
+    args = settle(typed, read_args(folder))
+    if not hasattr(TASKS[args.task], "load"):
+        raise InputError(f"{folder}: has no tasks with examples to count")
+    print_cost(open_run(args, folder))
 
 
 if __name__ == "__main__":

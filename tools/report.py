@@ -22,6 +22,11 @@ def read_log(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def read_results(run: Path) -> dict:
+    with reading(run / "results.json", "not the results of a run"):
+        return json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
+
+
 def compare(rows: list[Path]) -> str:
     """A table in Markdown of the runs in some folders: a line per folder, mean ± standard deviation over its runs."""
     table: dict[str, dict[str, list[float]]] = {}
@@ -68,6 +73,8 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--out {path}: a picture's name ends in .png, .svg or .pdf")
     points: dict[tuple[str, str], dict[float, list[float]]] = {}  # (run's name, column) -> x -> values
     kinds = set()
     for run in runs:
@@ -81,14 +88,19 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
             else:
                 lines = read_log(run / "log.jsonl")
                 measured = any("score" in line for line in lines)
-                kinds.add(TASKS[args["task"]].METRIC if measured else "loss")
+                metric = TASKS[args["task"]].METRIC  # hyperpretraining is measured on P3's held-out tasks
+                kinds.add({"loss": "accuracy"}.get(metric, metric) if measured else "loss")
                 key = "score" if measured else "loss"
                 rows = [(line["step"], {"main": line[key]} | line.get("controls", {})) for line in lines if key in line]
+                before = read_results(run).get("before") if measured else None
+                rows = rows if before is None or metric == "loss" else [(0, {"main": before}), *rows]
         for x, values in rows:
             for column, value in values.items():
                 points.setdefault((name, column), {}).setdefault(x, []).append(value)
     if len(kinds) != 1:
         raise InputError(f"these runs have different things to draw: {', '.join(sorted(kinds))}")
+    if not any(points.values()):
+        raise InputError("these runs have nothing to draw yet")
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     alone = len({name for name, _ in points}) == 1
     heads = TITLES | ({"fewshot": "examples in context"} if by else {})  # as many as there were shots
