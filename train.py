@@ -143,14 +143,32 @@ def loss_of(hyper: nn.Module, batch: Batch, args: argparse.Namespace) -> Tensor:
     return loss
 
 
+def draw(batches: Callable, args: argparse.Namespace, step: int, rank: int, world: int, device: torch.device) -> list[Batch]:
+    """The batches of a step; none after the last.
+
+    Step n reads the rows with numbers n·S … n·S + S - 1, S = accumulate · batch size; each process
+    takes every world-th of them. So the number of processes changes no loss.
+    """
+    starts = [(step * args.accumulate + i) * args.batch_size for i in range(args.accumulate)] if step < args.steps else []
+    parts = [batches(args.seed, range(start + rank, start + args.batch_size, world)) for start in starts]
+    return [part.to(device) for part in parts]
+
+
+def log_line(args: argparse.Namespace, out: Path, step: int, loss: float, norm: float, read: float, seconds: float) -> dict:
+    """What the log says of a step. InputError where it went wrong: nothing is saved of that."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        rows = f"rows {step * args.accumulate * args.batch_size} to {(step + 1) * args.accumulate * args.batch_size - 1}"
+        raise InputError(f"{out}: loss or gradient of step {step + 1} ({rows} of the run) is not finite; the last good "
+                         f"checkpoint is kept; another run with a smaller --lr may help")  # fmt: skip
+    return {"step": step + 1, "loss": loss, "norm": norm, "tokens_per_second": round(read / seconds),
+            "lr": schedule(step, args.steps) * args.lr, "seconds": round(seconds, 4)}  # fmt: skip
+
+
 def train(
     hyper: nn.Module, batches: Callable, args: argparse.Namespace, out: Path, resume: bool, rank: int, world: int,
     measured: Callable[[int], dict] = lambda step: {},
 ) -> Counter[str]:  # fmt: skip
     """All steps from where the run stands; returns what didn't fit. Ctrl-C ends it after a whole step, saved.
-
-    Step n reads the rows with numbers n·S … n·S + S - 1, S = accumulate · batch size; each process
-    takes every world-th of them. So the number of processes changes no loss.
 
     The loss is the sum over target tokens divided by their number in the whole step, over all its
     batches and processes: a mean of means would give tokens of short batches more weight.
@@ -161,13 +179,8 @@ def train(
     left_out, interrupted = Counter(), []
     default = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
 
-    def draw(step: int) -> list[Batch]:
-        starts = [(step * args.accumulate + i) * args.batch_size for i in range(args.accumulate)]
-        parts = [batches(args.seed, range(start + rank, start + args.batch_size, world)) for start in starts]
-        return [part.to(device) for part in parts]
-
     with open_log(out, first, rank) as log, tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0) as bar:
-        following = draw(first) if first < args.steps else []
+        following = draw(batches, args, first, rank, world, device)
         for step in range(first, args.steps):
             began, batch = time.time(), following
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -175,7 +188,6 @@ def train(
             numbers = [sum(len(part.targets) for part in batch), sum(part.read for part in batch), bool(interrupted)]
             totals = torch.tensor(numbers, dtype=torch.float32, device=device)
             add_up(totals)
-
             loss = torch.zeros((), device=device)
             for part in batch:
                 share = loss_of(hyper, part, args) / totals[0]
@@ -186,22 +198,14 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-
-            for part in batch:
-                left_out += part.left_out
+            left_out += sum((part.left_out for part in batch), Counter())
             # The step is queued on the device: the next batch is made while it works, before a number is read.
-            following = draw(step + 1) if step + 1 < args.steps else []
+            following = draw(batches, args, step + 1, rank, world, device)
             loss, norm, (_, read, stop) = loss.item(), norm.item(), totals.tolist()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                rows = f"rows {step * args.accumulate * args.batch_size} to {(step + 1) * args.accumulate * args.batch_size - 1}"
-                raise InputError(f"{out}: loss or gradient of step {step + 1} ({rows} of the run) is not finite; the last good "
-                                 f"checkpoint is kept; another run with a smaller --lr may help")  # fmt: skip
-            seconds = time.time() - began
-            line = {"step": step + 1, "loss": loss, "norm": norm, "tokens_per_second": round(read / seconds),
-                    "lr": schedule(step, args.steps) * args.lr, "seconds": round(seconds, 4)} | measured(step + 1)  # fmt: skip
+            line = log_line(args, out, step, loss, norm, read, max(1e-6, time.time() - began)) | measured(step + 1)
             log.write(json.dumps(line) + "\n")
             log.flush()
-            bar.set_postfix_str(f"loss {loss:.3f}, {read / seconds:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_second']:,} tokens/s", refresh=False)
             bar.update()
             stop = stop or (world == 1 and bool(interrupted))  # (other processes hear of it in the next step)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:

@@ -61,20 +61,8 @@ def compare(rows: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
-    """Curves of several runs in one picture: over steps the held-out score where it was measured, else the loss;
-    or, `by` an option of theirs (gists, shots), their results.
-
-    Runs that differ only in their seed make one curve: the mean, and a band of one standard deviation.
-    Baselines and controls are dashed.
-    """
-    import matplotlib  # slow to import, and only needed here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--out {path}: a picture's name ends in .png, .svg or .pdf")
+def curves(runs: list[Path], by: str | None) -> tuple[dict[tuple[str, str], dict[float, list[float]]], str, dict]:
+    """What to draw: (run's name, column) -> x -> values of all runs; what the values are; the options of the last run."""
     points: dict[tuple[str, str], dict[float, list[float]]] = {}  # (run's name, column) -> x -> values
     kinds = set()
     for run in runs:
@@ -101,6 +89,24 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
         raise InputError(f"these runs have different things to draw: {', '.join(sorted(kinds))}")
     if not any(points.values()):
         raise InputError("these runs have nothing to draw yet")
+    return points, kinds.pop(), args
+
+
+def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
+    """Curves of several runs in one picture: over steps the held-out score where it was measured, else the loss;
+    or, `by` an option of theirs (gists, shots), their results.
+
+    Runs that differ only in their seed make one curve: the mean, and a band of one standard deviation.
+    Baselines and controls are dashed.
+    """
+    import matplotlib  # slow to import, and only needed here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--out {path}: a picture's name ends in .png, .svg or .pdf")
+    points, kind, args = curves(runs, by)
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     alone = len({name for name, _ in points}) == 1
     heads = TITLES | ({"fewshot": "examples in context"} if by else {})  # as many as there were shots
@@ -112,7 +118,7 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
         style = {"linewidth": 1.8} if column == "main" else {"linewidth": 1.2, "linestyle": "--"}
         (line,) = axes.plot(xs, means, label=label, marker="o" if by else None, markersize=4, **style)
         axes.fill_between(xs, means - sds, means + sds, color=line.get_color(), alpha=0.15, linewidth=0)
-    unit = {"loss": "loss per token", "accuracy": "accuracy on held-out rows, %", "rougeL": "ROUGE-L"}[kinds.pop()]
+    unit = {"loss": "loss per token", "accuracy": "accuracy on held-out rows, %", "rougeL": "ROUGE-L"}[kind]
     axes.set(xlabel=by or "step", ylabel=unit)
     if by:
         every = sorted({x for curve in points.values() for x in curve})
