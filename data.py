@@ -37,10 +37,10 @@ class Layout:
     """How a task is written.
 
     shot         an example: {n} its number, {input}, {target}
-    head, tail   what comes before and after the input of a query (which may lose its beginning)
+    head, tail   what comes before and after the input of a query (an input that is too long loses its beginning)
     space        what comes before the input and the target of a query
     instruction  what comes before everything, around an instruction
-    end          what follows a target where examples stand in a row: an untouched model goes on with it
+    end          where a generated answer is cut: what follows a target where examples stand in a row
     """
 
     shot: str

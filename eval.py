@@ -4,8 +4,8 @@
     python eval.py --model DIR --task p3 --method fewshot  a plain Llama: a run of no steps
 
 All that is compared differs only in the prefix that comes before a query: gists, the keys and values
-of the examples themselves, or nothing. So one function scores them all (`score`), and one table says
-what they are (`COLUMNS`).
+of the examples themselves, or nothing. So one function answers for them all (`respond`), and one table
+says what they are (MAIN, BASELINES, CONTROLS).
 """
 
 import argparse
@@ -83,7 +83,7 @@ class Column:
     instruct  whether and where the instruction stands in the query itself ("no", "inside", "before": Formatter.query);
               None: as --instruction-downstream says
     other     whether the prefix is that of another task
-    bos       where the examples' own BOS stands in front, a query has none
+    bos       whether the query begins with a BOS of its own; it has none after examples, which have theirs
     """
 
     title: str
@@ -294,7 +294,7 @@ def evaluate(run: Run, held_out: HeldOut) -> tuple[dict, list[list[str]]]:
         for name, column in table.items():
             twin = next((other for other in scores if column.same(run, table[other], instructed)), None)
             scores[name] = scores[twin] if twin else [[] for _ in tasks]
-            hidden += [name] if twin and name in CONTROLS else []
+            hidden += [name] if twin and name in CONTROLS else []  # no prefix, where it is 0-shot: shown once
             for t, n in [(t, n) for t in range(len(tasks)) for n in range(len(episodes))]:
                 bar.update(held_out.sizes[t])
                 draw, first = episodes[n][t], episodes[0][t]
@@ -409,7 +409,7 @@ def print_lines(lines: list[list[str]], total: bool = True) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command; what the user can mend is said in one line, with exit status 2 (Ctrl-C and SIGTERM: 130)."""
+    """Run a command; a mistake of the user's is one line, with exit status 2 (Ctrl-C and SIGTERM: 130)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, mode))
@@ -453,7 +453,7 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path | 
     for name in typed.keys() - EVALUATION - MOVABLE:
         raise InputError(f"--{name.replace('_', '-')}: {folder} was trained with its own, which can't be changed")
     before = {name: value for name, value in read_args(Path(folder)).items() if name not in EVALUATION}
-    args = settle(typed, before)  # how a run was evaluated while it was tried is no rule for later
+    args = settle(typed, before)  # --limit and the like of the training are not inherited
     several = f"average-{args.average}" if args.average else f"concat-{args.concat}" if args.concat else ""
     return args, Path(folder), Path(out or Path(folder) / several)  # beside the run's own result, not in its place
 

@@ -55,7 +55,7 @@ class Gists:
     Keys keep the rotation of the place where they were made, so the tokens that follow must count on
     from `offset`. Gists are made at positions 0 … G-1 whatever the length of their examples, which
     therefore begin at a negative position: rotary attention sees differences only. So all prefixes
-    of a run have one offset, G; they can be averaged, and other programs' caches take them as they are.
+    of a run have one offset, G (side by side: N·G); they can be averaged, and other programs' caches take them as they are.
     """
 
     past: Sequence[KV]

@@ -295,8 +295,8 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x)), present
 
     def keys_values(self, tokens: Tensor, at: Tensor, offset: Tensor | None = None, adapter: str | None = None) -> list[KV]:
-        """Only the keys and values at the positions at [B, G]: for each layer two [B, K, G, hd]. What they don't depend on is
-        left out of the pass: after the last layer but one all that is elsewhere, and in the last all but keys and values."""
+        """Only the keys and values at the positions at [B, G]: for each layer two [B, K, G, hd]. The last layer needs hidden
+        states at these positions alone, and of it only keys and values are made; nothing else is computed there."""
         x, positions, adapter = self.prepare(tokens, offset, adapter)
         angles, kept, (*early, last) = rotary_angles(positions, self.config), [], self.layers
         at = (torch.arange(len(x), device=x.device)[:, None], at)  # as an index into [B, T]
@@ -484,7 +484,7 @@ def generate(
     until = list(until)
     logits, present, seen, position = read_prompts(model, prompts, past, offset, seen, adapter)
 
-    def ending(row: list[int]) -> int:  # how many tokens of its end belong to the answer no more
+    def ending(row: list[int]) -> int:  # how many tokens at its end are no longer part of the answer
         return row[-1:] == [eos] or len(until) * (row[-len(until) :] == until)
 
     rows: list[list[int]] = [[] for _ in prompts]

@@ -6,9 +6,9 @@ call says which one acts: HyperLlama's two roles (paper, Section 3) are two call
     hypernetwork   y = W x + (alpha / r) · B A x      adapter="hyper"
     downstream     y = W x                            adapter=None, or another set (variant D)
 
-Which set acts is an argument, all the way down. A switch inside the modules would be in the wrong
-position whenever a layer runs again later, as under activation checkpointing; and merging an update
-into W would take the base away from the other role.
+Which set acts is an argument, all the way down. A flag inside the modules could have changed by the
+time a layer runs again, as under activation checkpointing; and merging an update into W would take
+the base away from the other role.
 """
 
 import json

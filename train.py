@@ -428,7 +428,7 @@ def run_training() -> None:
         dist.destroy_process_group()
     if rank:
         return
-    if held_out is None:  # what others will load: whole, and rounded
+    if held_out is None:  # evaluate the checkpoint as it was saved, in bfloat16
         run.hyper = task.restore(args, out)
     results = final_results(run, held_out, before, out)
     if report(left_out + (held_out.left_out if held_out else Counter())):

@@ -11,7 +11,8 @@ A data set of one's own: a module beside these with the names that tasks/p3.py h
     batches(args, hyper, formatter)  (seed, numbers of rows) -> data.Batch
     load(args, formatter, split)     the tasks to train on ("train") and the held-out ones ("test")
 
-Text has an `evaluate` of its own, prefix tuning a `start` and a `prefix_of`, S-NI answers `without_a_model`.
+Optional: a LAYOUT for own examples (tools.answer); `evaluate`, `shard` (text); `start`, `prefix_of` (prefix tuning);
+`without_a_model` (S-NI: answers that need none).
 """
 
 import argparse
@@ -89,8 +90,8 @@ def add_options(parser: Parser) -> None:
     add("--method", choices=["hyper", "fewshot", "zeroshot"], help="HyperLlama; a language model with the examples in context; the same without examples")
     add("--gists", type=positive, help="gist tokens (16)")
     add("--shots", type=positive, help="examples: 16 of p3, the first 2 of sni, 4 per class of symbol (in training 2 to 10)")
-    add("--context", type=positive, help="most tokens of examples and gists (1024)")
-    add("--query-length", type=positive, help="most tokens of a query with its target (384)")
+    add("--context", type=positive, help="maximum of tokens in examples and gists (1024)")
+    add("--query-length", type=positive, help="maximum of tokens in a query with its target (384)")
     add("--instruction-downstream", action="store_true", help="sni: the definition also in the query (the paper's I)")
     add("--fuse-instruction", action="store_true",
         help="sni: the definition's own keys and values stay in the prefix beside the gists (HINT)")  # fmt: skip
@@ -207,7 +208,7 @@ def read_args(folder: Path) -> dict:
 
 # ------------------------------------------------------------------------------------- opening a run
 
-ROOM_FOR_EXAMPLES = 32  # tokens of a row of examples that must not be gists
+ROOM_FOR_EXAMPLES = 32  # least tokens of a row that gists must leave to examples
 MAX_NEW_TOKENS = 128  # of a generated answer
 
 

@@ -1,4 +1,4 @@
-"""Own examples: compress them with a run's hypernetwork, keep their gists, answer after them.
+"""Your own examples: compress them with a run's hypernetwork, keep their gists, answer after them.
 
     python -m tools.answer RUN --examples FILE --save FILE       .jsonl with input and output -> .safetensors
     python -m tools.answer RUN --gists FILE --input TEXT         the model writes an answer
