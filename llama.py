@@ -73,7 +73,7 @@ def read_config(folder: Path) -> Config:
         config = _config_from_hf(raw) if path.name == "config.json" else _config_from_meta(raw, folder)
         for field, value in vars(config).items():
             kind = (int, float) if field in ("norm_eps", "rope_theta") else int
-            if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"{field} = {value!r} is not a positive number")
         if config.heads % config.kv_heads or config.head_size % 2:
             raise ValueError(f"{config.heads} heads of size {config.head_size} don't fit {config.kv_heads} KV heads")

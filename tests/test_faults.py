@@ -1,5 +1,6 @@
 """Damaged files. Each is changed in some hundred ways: it loads to what was written, or ends with one line."""
 
+import argparse
 import gzip
 import json
 import random
@@ -8,10 +9,12 @@ import pytest
 import torch
 from conftest import ROOT, G, random_hyper, random_llama, write_hf, write_meta
 
-from data import Formatter
-from gist import load_gists, save_gists
+import train as training
+from data import Formatter, collate
+from gist import load_gists, save_gists, trainable
 from llama import InputError, Tokenizer, load, read_config
 from lora import assign, load_tensors, save_tensors
+from tasks import portable, read_args, settle
 from tasks.p3 import Split
 from tasks.rows import TFRecords
 from tasks.sni import read_sni_task
@@ -193,3 +196,47 @@ def test_a_damaged_prefix_is_one_line_or_keeps_its_shapes(tmp_path):
         return [k.shape for k, _ in loaded.past] == [k.shape for k, _ in gists.past] and loaded.offset.shape == (1,)
 
     assert fuzz(path, lambda: load_gists(path, {"model": "m", "run": "r"}, hyper.model), same) > TIMES // 4
+
+
+def test_damaged_arguments_are_one_line_or_values_that_the_command_line_takes(tmp_path):
+    args = training.parse(["--task", "p3", "--shots", "4"])[0]
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(portable(args)))
+    assert fuzz(path, lambda: settle({}, read_args(tmp_path) | {"model": args.model, "data": args.data})) > TIMES // 3
+
+
+@pytest.mark.parametrize("change", [
+    {"gists": -1}, {"gists": 1.5}, {"gists": "16"}, {"gists": True}, {"seed": [1]}, {"lr": "fast"}, {"lr": -1.0}, {"method": "magic"},
+    {"task": "nothing"}, {"task": 3}, {"downstream": {}}, {"quantize": 1}, {"unheard": 1}, {"steps": 10**12}, {"alpha": float("inf")},
+], ids=str)  # fmt: skip
+def test_arguments_edited_by_hand_are_held_to_the_rules_of_the_command_line(tmp_path, change):
+    args = training.parse(["--task", "p3"])[0]
+    (tmp_path / "args.json").write_text(json.dumps(portable(args) | change))
+    with pytest.raises(InputError, match="args.json: ") as refused:
+        settle({}, read_args(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_state_is_one_line_or_has_its_shapes(tmp_path):
+    args = argparse.Namespace(seed=0, steps=2, accumulate=1, batch_size=1, lr=1e-3, gist_lr=1e-3, save_every=1, optimizer="adamw", lm=0.0)
+    batch = collate([[1, 5, 6, 50, 51, 52]], [0], [[1, 7]], [[8, 9, 2]])
+    hyper = random_hyper()
+    training.train(hyper, lambda seed, numbers: batch, args, tmp_path, False, rank=0, world=1)
+    optimizers = training.make_optimizers(hyper, args)
+
+    def read():
+        assert training.load_state(tmp_path, hyper, optimizers, args.steps) == 2
+        return all(p.isfinite().all() for p in trainable(hyper).values())
+
+    assert fuzz(tmp_path / "state.safetensors", read, bool, times=100) > 20
+
+
+@pytest.mark.parametrize("change", [
+    {"num_hidden_layers": 10**9}, {"hidden_size": 10**8}, {"vocab_size": 10**12}, {"rms_norm_eps": 1e400}, {"num_attention_heads": 0},
+    {"intermediate_size": "40"}, {"rope_theta": "1e4"}, {"head_dim": 10**9},
+], ids=str)  # fmt: skip
+def test_a_config_that_its_files_cannot_hold_is_refused_at_once(tmp_path, change):
+    folder = write_hf(tmp_path, random_llama(), **change)
+    with pytest.raises(InputError, match="config") as refused:
+        load(folder)
+    assert "\n" not in str(refused.value)
