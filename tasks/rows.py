@@ -196,6 +196,8 @@ def existing(folder: str | Path) -> Path:
 
 def as_text(value: object, where: str) -> str:
     """A field as text; InputError that says where it stands, if it isn't."""
+    if isinstance(value, str) and value.isascii():  # nearly always
+        return value
     with reading(where, "not text"):
         value = value.decode() if isinstance(value, bytes) else value
         if not isinstance(value, str):
