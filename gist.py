@@ -338,7 +338,7 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
     print("   rotated as they were made; attention sees the differences of positions, as in the joint pass.\n")
     print("4. Logits of the next token after each question: in one joint pass; in two passes; in two passes whose first")
     print(f"   began at 0, so that the gists stand at {L - G} to {L - 1}, and whose second forgot that and began at 0, too.\n")
-    print(f"{'question':>10}{'next token':>14}{'joint':>10}{'two passes':>12}{'offset forgotten':>18}")
+    print(f"{'question':>10}{'next token':>14}{'joint':>10}{'two passes':>12}{'offset forgotten':>18}   right answer")
     for word, label in pairs.items():
         tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(f"{word}:")]])
         with torch.no_grad():
@@ -346,7 +346,7 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
             two, lost = (model(tokens, past=g.past, offset=o)[0][0, -1] for g, o in ((gists, gists.offset), (late, gists.offset * 0)))
         for t in joint.topk(2).indices.tolist():
             best = [" *" if logits.argmax() == t else "  " for logits in (joint, two, lost)]
-            right = f" <- {label}" if t == joint.argmax() else ""
+            right = f"   {label}" if t == joint.argmax() else ""
             print(f"{word if right else '':>10}{name(t):>14}{joint[t]:>8.2f}{best[0]}{two[t]:>10.2f}{best[1]}{lost[t]:>16.2f}{best[2]}{right}")
     print(f"\n* the largest logit of its column. Joint and two passes differ by at most {(two - joint).abs().max():.0e} in the last question,")
     print(f"  a forgotten offset by {(lost - joint).abs().max():.1f}.")

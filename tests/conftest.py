@@ -1,11 +1,14 @@
 """Small random models, grouped-query (K < H) unless a test says otherwise, in float32 on the CPU; commands as tests run them."""
 
+import atexit
 import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -120,7 +123,21 @@ def write_meta(folder, model, shards: int):
 
 # -------------------------------------------------------------------------------------------- commands
 
-SHORT = ["--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01", "--sets", "2", "--measure", "0"]
+def few_tasks() -> Path:
+    """A P3 folder of eight training tasks and three held-out ones of the miniature: commands start and evaluate sooner."""
+    folder, source = Path(tempfile.mkdtemp(prefix="hyperllama-tests-")) / "P3", ROOT / "tiny" / "P3"
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    (folder / "splits").mkdir(parents=True)
+    for part, count in (("train", 8), ("test", 3)):
+        names = (source / "splits" / f"{part}_tasks.txt").read_text().split()[:count]
+        (folder / "splits" / f"{part}_tasks.txt").write_text("\n".join(names))
+        for name in names:
+            (folder / name).symlink_to(source / name)
+    return folder
+
+
+FEW_TASKS = few_tasks()
+SHORT = ["--data", str(FEW_TASKS), "--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01", "--sets", "2", "--measure", "0"]
 MAINS = {"train": training.main, "eval": evaluation.main, "answer": answer.main, "cost": cost.main, "report": report.main, "export": export.main}
 
 

@@ -107,8 +107,8 @@ def test_a_quantized_run_works(tmp_path):
 
 
 @pytest.mark.parametrize("task", [
-    ["--task", "p3"], ["--task", "hyperpretrain"], ["--task", "prefix", "--init", "propagate", "--measure", "0", "--sets", "1"],
-], ids=lambda task: task[-1])  # fmt: skip
+    ["--task", "p3"], ["--task", "hyperpretrain", "--data", ROOT / "tiny" / "text"], ["--task", "prefix", "--init", "propagate", "--measure", "0", "--sets", "1"],
+], ids=lambda task: task[1])  # fmt: skip
 def test_checkpointed_activations_change_no_bit(tmp_path, task):
     states = []
     for name, options in (("plain", []), ("checkpointed", ["--checkpoint-activations"])):
@@ -278,8 +278,9 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(tmp_path):
 
 
 def test_data_parallel_lora_has_the_losses_of_one_process(tmp_path):
-    train(tmp_path / "one", "--steps", "2")
-    torchrun(2, "--task", "p3", *SHORT, "--steps", "2", "--out", tmp_path / "two")
+    data = ["--data", ROOT / "tiny" / "P3"]
+    train(tmp_path / "one", "--steps", "2", *data)
+    torchrun(2, "--task", "p3", *SHORT, *data, "--steps", "2", "--out", tmp_path / "two")
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
     one, two = (load_tensors(tmp_path / name / "adapters.safetensors")[0] for name in ("one", "two"))
     torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)  # Adam makes much of a gradient that is almost zero
