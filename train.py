@@ -431,8 +431,9 @@ def run_training() -> None:
     if held_out is None:  # evaluate the checkpoint as it was saved, in bfloat16
         run.hyper = task.restore(args, out)
     results = final_results(run, held_out, before, out)
-    if report(left_out + (held_out.left_out if held_out else Counter())):
-        print(report(left_out + (held_out.left_out if held_out else Counter())))
+    left_out += held_out.left_out if held_out else Counter()
+    if report(left_out):
+        print(report(left_out))
     if args.measure:
         plot([out], out / "curve.png")
     if held_out:
