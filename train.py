@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path, bool
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     args = settle(typed, read_args(Path(out)) if resume and out else None)  # what isn't said again is as it was
-    return args, Path(out or default_folder(args)), bool(resume), bool(overwrite)
+    out = Path(out or default_folder(args))
+    out = out.resolve() if out.is_symlink() or out.name in ("", "..") else out  # a name that can be renamed
+    return args, out, bool(resume), bool(overwrite)
 
 
 def default_folder(args: argparse.Namespace) -> str:
@@ -251,16 +254,18 @@ def check_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: b
             raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
 
 
-def open_folder(out: Path, args: argparse.Namespace, resume: bool) -> None:
-    """Make the run folder, and hold it until this process ends. What check_folder let pass is set aside, or gone on with."""
+def open_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, and hold it until this process ends. A run that is there is set aside, or gone on with."""
     aside = out.with_name(out.name + ".replaced")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock(out)
     bring_back(out)
+    check_folder(out, args, resume, overwrite)  # again: another run may have ended here in the meantime
     if not resume and out.exists() and any(out.iterdir()):
-        lock(out)
         remove(aside)
         out.rename(aside)
-    out.mkdir(parents=True, exist_ok=True)
-    lock(out)
+    out.mkdir(exist_ok=True)
+    (out / MARK).touch()
     for path in out.glob("*.partial"):  # of a save that was killed
         path.unlink()
     write_json(out / "args.json", portable(args))
@@ -276,16 +281,19 @@ def bring_back(out: Path) -> None:
 
 
 def lock(out: Path) -> None:
-    """A second run in the same folder is refused, as long as this process lives."""
-    mark = open(out / MARK, "a")
-    try:
-        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"{out}: another run is writing here") from None
-    LOCKS.append(mark)
+    """A second run in the same folder is refused, as long as this process lives. The lock lies beside the folder."""
+    path = out.with_name(f".{out.name}.lock")
+    while out not in LOCKS:
+        file = open(path, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{out}: another run is writing here") from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):  # not one that was just removed
+            LOCKS[out] = file
 
 
-LOCKS: list = []  # files that stay open
+LOCKS: dict[Path, IO] = {}  # run folders of this process, and the files that lock them
 
 
 def remove(folder: Path) -> None:
@@ -384,12 +392,14 @@ def main() -> None:
     try:
         run_training()
     except BaseException:
-        for mark in LOCKS:
-            bring_back(Path(mark.name).parent)
+        for out in LOCKS:
+            bring_back(out)
         raise
     finally:
         while LOCKS:
-            LOCKS.pop().close()
+            file = LOCKS.popitem()[1]
+            Path(file.name).unlink(missing_ok=True)
+            file.close()
 
 
 def run_training() -> None:
@@ -405,7 +415,7 @@ def run_training() -> None:
     held_out = None if hasattr(task, "evaluate") else prepare(run, task.load(args, run.formatter, "test"))
     batches(args.seed, range(args.batch_size))  # what can't be drawn is found before anything is replaced
     if rank == 0:
-        open_folder(out, args, resume)
+        open_folder(out, args, resume, overwrite)
         count = sum(p.numel() for p in trainable(hyper).values())
         print(f"{out}: {batches}, {f'{len(held_out.tasks)} held out, ' if held_out else ''}{count:,} trained parameters")
     hyper.model.checkpoint_activations = args.checkpoint_activations

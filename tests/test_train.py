@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -543,14 +544,29 @@ def test_a_run_is_replaced_only_when_the_new_one_has_saved_something(tmp_path):
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
+    out, aside = tmp_path / "run", tmp_path / "run.replaced"
     train(out, "--steps", "1")
-    with open(out / ".hyperllama", "a") as mark:
-        fcntl.flock(mark, fcntl.LOCK_EX)
+    shutil.copytree(out, aside)  # the other run is replacing this one and has saved nothing yet
+    (out / "state.safetensors").unlink()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with open(tmp_path / ".run.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         for options in (["--overwrite"], ["--resume"]):
             line = error(monkeypatch, capsys, "--task", "p3", *SHORT, "--steps", "1", "--out", out, *options)
             assert "another run is writing here" in line
-    assert (out / "results.json").exists()
+        assert files.items() <= {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}.items()
+    train(out, "--steps", "1", "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_folder_may_be_a_link_or_the_folder_we_are_in(tmp_path, monkeypatch):
+    (tmp_path / "far" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "run")
+    for out, more in ((tmp_path / "link", []), (tmp_path / "link", ["--overwrite"]), (Path("."), ["--overwrite"])):
+        monkeypatch.chdir(tmp_path / "far" / "run")
+        train(out, "--steps", "1", *more)
+        assert (tmp_path / "far" / "run" / "results.json").exists() and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["run"]
 
 
 def test_results_are_kept_where_nothing_can_be_printed(tmp_path):
