@@ -6,11 +6,14 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from eval import TITLES, run_command, spread
+from gist import gist_mask
 from llama import InputError, reading
 from tasks import TASKS, Parser, read_args
 
@@ -99,15 +102,13 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     Runs that differ only in their seed make one curve: the mean, and a band of one standard deviation.
     Baselines and controls are dashed.
     """
-    import matplotlib  # slow to import, and only needed here
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow to import, and only needed here
 
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--out {path}: a picture's name ends in .png, .svg or .pdf")
     points, kind, args = curves(runs, by)
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     alone = len({name for name, _ in points}) == 1
     heads = TITLES | ({"fewshot": "examples in context"} if by else {})  # as many as there were shots
     for (name, column), curve in points.items():
@@ -126,6 +127,34 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
         axes.set_xticks(every, [str(x) for x in every])
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    write_picture(figure, path)
+
+
+def draw_mask(path: Path, examples: Sequence[str] = ("fox: kilo", "owl: east"), query: str = "fox:", gists: int = 3) -> None:
+    """The gist mask of a small example, with the tokens' positions and the two passes that it falls into."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    first = ["BOS", *(word for example in examples for word in example.replace(":", " :").split())]
+    names = [*first, *(f"gist {g}" for g in range(gists)), "BOS", *query.replace(":", " :").split()]
+    is_gist = torch.tensor([[name.startswith("gist") for name in names]])
+    kinds, T, end = gist_mask(is_gist)[0].int() * (1 + is_gist.int()), len(names), len(first) + gists
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.pcolormesh(kinds, cmap=ListedColormap(["white", "#9ecae1", "#fdae6b"]), edgecolors="#dddddd", linewidth=0.5)
+    axes.set_yticks(torch.arange(T) + 0.5, [f"{name}  {t - len(first):3d}".replace("-", "−") for t, name in enumerate(names)], family="monospace")
+    axes.set_xticks(torch.arange(T) + 0.5, names, rotation=90, family="monospace")
+    axes.axhline(end, color="black", linewidth=1.2)
+    passes = [(end / 2, "first pass:\nthe hypernetwork\n(LoRA on)")]
+    passes += [((end + T) / 2, f"second pass:\nthe downstream model\n(LoRA off), offset {gists};\nonly the gists are left\nof the first")]
+    for y, text in passes:
+        axes.text(T + 0.3, y, text, va="center")
+    axes.set(ylabel="a token that looks, and its position", xlabel="a token that it may look at", aspect="equal")
+    axes.invert_yaxis()
+    write_picture(figure, path)
+
+
+def write_picture(figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=110)
     except OSError as problem:

@@ -18,7 +18,7 @@ from pathlib import Path
 from eval import run_command
 from llama import InputError
 from tasks import PROJECT, Parser, positive
-from tools.report import compare, plot, read_results
+from tools.report import compare, draw_mask, plot, read_results
 
 ALL, SEEDS = Path("runs/reproduce"), (0, 1, 2)
 BASE, C = "--model tiny/llama", "--model tiny/llama-c"  # before and after compression hyperpretraining
@@ -145,6 +145,7 @@ def draw(figures: Path) -> None:
     """The pictures, of the runs that their captions name."""
     runs = {table: sorted(path.parent for path in (ALL / table).glob("*/*/results.json")) for table in ROWS}
     figures.mkdir(exist_ok=True)
+    draw_mask(figures / "mask.png")
     c = [path for path in runs["p3"] if path.parent.name == "C"]
     words = [path for path in runs["gists"] if path.parent.name == "32"]
     pictures = {"prefix-tuning": (runs["prefix"], None), "training": (words, None)}
