@@ -100,11 +100,13 @@ class Formatter:
 
     context       most tokens of a row of examples, gists included
     query_length  most tokens of a query with its target
+    every         a part of the gists comes after every so many examples; 0: all gists at the end
     """
 
     tokenizer: Tokenizer
     context: int
     query_length: int
+    every: int = 0
 
     def instruction(self, episode: Episode, budget: int) -> Row:
         """The instruction's tokens; at most half of the budget, of which it keeps the beginning."""
@@ -113,18 +115,20 @@ class Formatter:
         tokens = self.tokenizer.encode(episode.layout.instruction.format(episode.instruction))
         return Row(tokens[: budget // 2], 0, Counter({"instructions": 1, "instructions cut": int(len(tokens) > budget // 2)}))
 
-    def context_row(self, episode: Episode, end: Sequence[int] = (), budget: int | None = None) -> Row:
-        """BOS, instruction, as many whole examples as fit into the budget, then `end` (the gists, say)."""
+    def context_row(self, episode: Episode, gists: Sequence[int] = (), budget: int | None = None, end: Sequence[int] = ()) -> Row:
+        """BOS, instruction, as many whole examples as fit into the budget, the gists after or among them; then `end`."""
         budget = self.context if budget is None else budget
         instruction, _, left_out = self.instruction(episode, budget)
-        tokens = [self.tokenizer.bos] + instruction
-        lead = len(tokens)
+        tokens, rest = [self.tokenizer.bos] + instruction, list(gists)
+        lead, part = len(tokens), -(-len(gists) * self.every // max(1, len(episode.shots)))  # gists in a part
         for n, example in enumerate(episode.shots, 1):
             more = self.tokenizer.encode(episode.layout.example(n, example))
-            fits = len(tokens) + len(more) + len(end) <= budget
+            fits = len(tokens) + len(more) + len(rest) + len(end) <= budget
             left_out.update({"shots": 1, "shots left out": int(not fits)})
             tokens += more if fits else []
-        return Row(tokens + list(end), lead, left_out)
+            if self.every and n % self.every == 0 and len(rest) > part:
+                tokens, rest = tokens + rest[:part], rest[part:]
+        return Row(tokens + rest + list(end), lead, left_out)
 
     def target(self, episode: Episode, text: str) -> list[int]:
         return self.tokenizer.encode(episode.layout.space + text)
@@ -187,31 +191,35 @@ class Batch:
     targets   [M] the tokens to predict there
     read      tokens read, padding left out: for tokens/s
     left_out  what didn't fit, counted
-    plain     the same text as an ordinary language model reads it, or None (hyperpretraining)
+    more      what other terms of the loss predict, each in a batch of its own: after the same gists, or (row None) after nothing
+    weight    of such a term
     """
 
     examples: Tensor | None
     kept: Tensor | None
-    row: Tensor
+    row: Tensor | None
     tokens: Tensor
     select: Tensor
     targets: Tensor
     read: int
     left_out: Counter[str] = field(default_factory=Counter)
-    plain: "Batch | None" = None
+    more: tuple["Batch", ...] = ()
+    weight: float = 0.0
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved, plain=self.plain and self.plain.to(device))
+        return replace(self, **moved, more=tuple(part.to(device) for part in self.more))
 
 
 def collate(
     examples: list[list[int]] | None,
-    row: list[int],
+    row: list[int] | None,
     prompts: list[list[int]],
     targets: list[list[int]],
     kept: list[int] | None = None,
     left_out: Counter[str] | None = None,
+    more: Sequence[Batch] = (),
+    weight: float = 0.0,
 ) -> Batch:
     """Right-padded tensors of rows of tokens; loss on the targets alone."""
     tokens = [prompt + target[:-1] for prompt, target in zip(prompts, targets)]
@@ -224,13 +232,21 @@ def collate(
     return Batch(
         examples=None if examples is None else ragged(examples),
         kept=None if kept is None else torch.tensor(kept),
-        row=torch.tensor(row),
+        row=None if row is None else torch.tensor(row),
         tokens=ragged(tokens),
         select=torch.tensor(select),
         targets=torch.tensor([token for target in targets for token in target]),
-        read=sum(map(len, tokens)) + sum(map(len, examples or [])),
+        read=sum(map(len, tokens)) + sum(map(len, examples or [])) + sum(part.read for part in more),
         left_out=left_out or Counter(),
+        more=tuple(more),
+        weight=weight,
     )
+
+
+def again(examples: list[list[int]], gist_ids: Sequence[int], marker: int, weight: float) -> list[Batch]:
+    """Reconstruction: after the gists of some rows and a marker, the rows' own tokens once more. Empty if it weighs nothing."""
+    texts = [[token for token in row[1:] if token < gist_ids[0]] for row in examples] if weight else []
+    return [collate(None, list(range(len(texts))), [[marker]] * len(texts), texts, weight=weight)] if texts else []
 
 
 QUERIES = 4  # queries that share one row of examples in training: one hyper pass serves them all
@@ -243,6 +259,7 @@ class EpisodeBatches:
     method    "hyper": the queries follow gists; "fewshot": they follow the examples; "zeroshot"
     instruct  whether the instruction also stands before a query that follows gists
     fuse      whether the instruction's own keys and values stay in the prefix beside the gists
+    reconstruct  the weight of saying the examples again
     """
 
     tasks: Sequence[Task]
@@ -252,6 +269,7 @@ class EpisodeBatches:
     shots: int
     instruct: bool = False
     fuse: bool = False
+    reconstruct: float = 0.0
 
     def __post_init__(self) -> None:
         self.queries = QUERIES if self.method == "hyper" else 1
@@ -280,7 +298,8 @@ class EpisodeBatches:
                 prompts.append(prompt.tokens)
                 targets.append(target)
                 left_out += prompt.left_out
-        return collate(context or None, row, prompts, targets, kept if self.fuse else None, left_out)
+        more = again(context, self.gist_ids, self.formatter.tokenizer.eos, self.reconstruct)
+        return collate(context or None, row, prompts, targets, kept if self.fuse else None, left_out, more)
 
     def prompt(self, episode: Episode, query: Example, target: int) -> Row:
         """What comes before a target of so many tokens."""
@@ -289,7 +308,7 @@ class EpisodeBatches:
             instruct = "before" if self.method == "zeroshot" else "inside" if self.instruct else "no"
             return self.formatter.query(episode, query, budget, instruct)
         end = self.formatter.query(episode, query, budget, bos=False)
-        row = self.formatter.context_row(episode, end.tokens, self.formatter.context - target)
+        row = self.formatter.context_row(episode, (), self.formatter.context - target, end.tokens)
         return row._replace(left_out=row.left_out + end.left_out)
 
     def draw(self, rng: random.Random) -> tuple[Episode, Counter[str]]:

@@ -29,7 +29,7 @@ from data import Episode, Formatter, Row, Task, collate, report
 from gist import Gists, combine, mean_pooled, read_rows
 from llama import InputError, Llama, generate, holes_mask, ragged, read_prompts, reading
 from lora import write_json
-from tasks import EVALUATION, MAX_NEW_TOKENS, MOVABLE, TASKS, Parser, Run, add_options, open_run, portable, read_args, settle
+from tasks import EVALUATION, MAX_NEW_TOKENS, MOVABLE, TASKS, Parser, Run, add_options, open_run, portable, read_args, settle, several
 
 # ------------------------------------------------------------------------------- options, ranked
 
@@ -106,14 +106,14 @@ class Column:
 
 @torch.no_grad()
 def compressed(run: Run, episodes: list[Episode], t: int, adapter: str | None) -> Gists:
-    """Gists: those of each episode's examples, or (--average, --concat) of several sets of examples."""
+    """Gists: those of each episode's examples, or (--average, --concat, --chain) of several sets of examples."""
     args, hyper = run.args, run.hyper
-    sets = args.average or args.concat
-    if sets:
+    way, sets = several(args)
+    if way:
         (episode,) = episodes
         parts = [replace(episode, shots=episode.shots[n::sets]) for n in range(sets)]
         rows = [run.formatter.context_row(part, hyper.gist_ids).tokens for part in parts]
-        return combine(hyper, rows, side_by_side=bool(args.concat))
+        return combine(hyper, rows, way)
     rows = [run.formatter.context_row(episode, hyper.gist_ids) for episode in episodes]
     kept = torch.tensor([row.lead for row in rows], device=run.device) if args.fuse_instruction else None
     return hyper.compress(ragged([row.tokens for row in rows], device=run.device), kept=kept)
@@ -121,7 +121,7 @@ def compressed(run: Run, episodes: list[Episode], t: int, adapter: str | None) -
 
 def in_context(run: Run, episodes: list[Episode], t: int, adapter: str | None) -> Gists:
     """All examples as they are: few-shot prompting."""
-    if run.args.average or run.args.concat:  # one set, as without these
+    if several(run.args)[0]:  # one set, as without these
         episodes = [replace(episode, shots=episode.shots[: run.args.shots]) for episode in episodes]
     rows = [run.formatter.context_row(e, budget=run.args.context - longest(run.formatter, e)).tokens for e in episodes]
     return read_rows(run.hyper.model, rows, adapter)
@@ -267,7 +267,7 @@ def prepare(run: Run, tasks: Sequence[Task]) -> HeldOut:
     """Draw the episodes. Done before training, a bad row, or a query that can't be asked, is found in time."""
     args, formatter, left_out, shots = run.args, run.formatter, Counter(), []
     instruct = "before" if args.method == "zeroshot" else "inside" if args.instruction_downstream else "no"
-    sets = args.shots * (args.average or args.concat or 1)
+    sets = args.shots * several(args)[1]
     episodes: Draws = [[] for _ in range(args.sets)]
     for t, task in enumerate(tqdm(tasks, desc="preparing held-out tasks", leave=False, delay=1)):
         read: Counter[str] = Counter()
@@ -288,22 +288,21 @@ def prepare(run: Run, tasks: Sequence[Task]) -> HeldOut:
 def evaluate(run: Run, held_out: HeldOut) -> tuple[dict, list[list[str]]]:
     """Score everything under every column. Returns what results.json holds, and the lines of the table."""
     args, tasks, episodes, began = run.args, held_out.tasks, held_out.episodes, time.time()
-    table, scores, hidden = columns(run, tasks), {}, []  # scores: column -> task -> draw
+    table, scores, own, hidden = columns(run, tasks), {}, [], []  # scores: column -> task -> draw
     instructed = any(episode.instruction for task in episodes[0] for episode in task)
-    with tqdm(total=len(table) * sum(held_out.sizes) * len(episodes), desc="evaluating", unit="query", leave=False) as bar:
-        for name, column in table.items():
-            twin = next((other for other in scores if column.same(run, table[other], instructed)), None)
-            scores[name] = scores[twin] if twin else [[] for _ in tasks]
-            hidden += [name] if twin and name in CONTROLS else []  # no prefix, where it is 0-shot: shown once
-            for t, n in [(t, n) for t in range(len(tasks)) for n in range(len(episodes))]:
-                bar.update(held_out.sizes[t])
-                draw, first = episodes[n][t], episodes[0][t]
-                if twin:
-                    continue
-                if n and (draw == first or column.prefix is None and draw[0].queries == first[0].queries):
-                    scores[name][t].append(scores[name][t][0])  # nothing differs from the first draw
-                    continue
-                scores[name][t].append(statistics.fmean(score(run, column, draw, episodes[n][held_out.other(t)], t)))
+    for name, column in table.items():
+        twin = next((other for other in own if column.same(run, table[other], instructed)), None)
+        scores[name] = scores[twin] if twin else [[] for _ in tasks]
+        own += [] if twin else [name]
+        hidden += [name] if twin and name in CONTROLS else []  # no prefix, where it is 0-shot: shown once
+    with tqdm(total=len(own) * sum(held_out.sizes) * len(episodes), desc="evaluating", unit="query", leave=False) as bar:
+        for t, n, name in [(t, n, name) for t in range(len(tasks)) for n in range(len(episodes)) for name in own]:
+            column, draw, first = table[name], episodes[n][t], episodes[0][t]
+            bar.update(held_out.sizes[t])
+            if n and (draw == first or column.prefix is None and draw[0].queries == first[0].queries):
+                scores[name][t].append(scores[name][t][0])  # nothing differs from the first draw
+                continue
+            scores[name][t].append(statistics.fmean(score(run, column, draw, episodes[n][held_out.other(t)], t)))
     if hasattr(run.task, "without_a_model"):
         scores |= run.task.without_a_model(episodes[0])
     lines = result_table(run, held_out, {name: values for name, values in scores.items() if name not in hidden})
@@ -454,8 +453,8 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path | 
         raise InputError(f"--{name.replace('_', '-')}: {folder} was trained with its own, which can't be changed")
     before = {name: value for name, value in read_args(Path(folder)).items() if name not in EVALUATION}
     args = settle(typed, before)  # --limit and the like of the training are not inherited
-    several = f"average-{args.average}" if args.average else f"concat-{args.concat}" if args.concat else ""
-    return args, Path(folder), Path(out or Path(folder) / several)  # beside the run's own result, not in its place
+    way, sets = several(args)
+    return args, Path(folder), Path(out or Path(folder) / (way and f"{way}-{sets}"))  # beside the run's own result, not in its place
 
 
 def final_results(run: Run, held_out: HeldOut | None, before: float | None, out: Path) -> dict:

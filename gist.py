@@ -80,11 +80,12 @@ class HyperLlama(nn.Module):
 
     reader, answerer: the LoRA set that acts while examples are read, and while queries are answered;
     None is the bare base. With the same set in both, one model does both (Mu et al.'s gisting).
+    among: whether gists also stand among the examples; what comes after them then sees the gist mask.
     """
 
-    def __init__(self, model: Llama, embeddings: Tensor, reader: str | None = "hyper", answerer: str | None = None):
+    def __init__(self, model: Llama, embeddings: Tensor, reader: str | None = "hyper", answerer: str | None = None, among: bool = False):
         super().__init__()
-        self.model, self.reader, self.answerer = model, reader, answerer
+        self.model, self.reader, self.answerer, self.among = model, reader, answerer, among
         self.gists = nn.Parameter(embeddings.float().clone())
 
     @property
@@ -98,37 +99,48 @@ class HyperLlama(nn.Module):
         gists = F.embedding((tokens - V).clamp(min=0), self.gists).to(words.dtype)
         return torch.where((tokens >= V)[..., None], gists, words)
 
-    def compress(self, tokens: Tensor, start: Tensor | None = None, kept: Tensor | None = None) -> Gists:
+    def compress(self, tokens: Tensor, start: Tensor | None = None, kept: Tensor | None = None, past: Gists | None = None) -> Gists:
         """First pass. tokens [B, T]: each row BOS, examples, G gists, padding.
 
         start [B]: position of BOS; by default the one that puts the gists at 0 … G-1.
         kept [B]: so many tokens at the beginning of each row stay in the prefix, beside the gists
         (instruction fusion, Ivison et al. 2023).
+        past: the gists of what came before, which these rows may see.
 
         Plain causal attention: gists never see the padding after them.
         """
-        G, B = len(self.gists), len(tokens)
-        first = (tokens >= self.model.config.vocab).int().argmax(1)  # [B] where the gists begin
-        start = -first if start is None else start
-        at, seen = first[:, None] + torch.arange(G, device=tokens.device), None  # [B, G]
+        G, B, is_gist = len(self.gists), len(tokens), tokens >= self.model.config.vocab
+        at, seen = is_gist.int().argsort(dim=1, descending=True, stable=True)[:, :G], None  # [B, G] where the gists stand
+        start = G - 1 - at[:, -1] if start is None else start
+        end, mask = start + at[:, -1] + 1, gist_mask(is_gist) if self.among else None
         if kept is not None:
             lead = torch.arange(int(kept.max()), device=tokens.device).expand(B, -1)
             seen = torch.cat((lead < kept[:, None], torch.ones_like(at, dtype=torch.bool)), dim=1)
             at = torch.cat((lead, at), dim=1)
 
-        past = self.model.keys_values(self.embed(tokens), at, offset=start, adapter=self.reader)
-        return Gists(past, start + first + G, seen)
+        before = None if past is None else past.past
+        return Gists(self.model.keys_values(self.embed(tokens), at, start, self.reader, before, mask), end, seen)
 
     def forward(self, batch) -> Tensor:
-        """Both passes. A data.Batch -> logits at its targets, [N, V].
+        """Both passes. A data.Batch -> logits at its targets, then at those of batch.more, [N, V].
 
         Without examples to compress (batch.examples is None) this is an ordinary language model.
         """
-        prefix = {}
-        if batch.examples is not None:
-            gists = self.compress(batch.examples, kept=batch.kept)[batch.row]
-            prefix = gists.before(batch.tokens.shape[1])
-        return self.model(batch.tokens, **prefix, adapter=self.answerer, select=batch.select)[0]
+        gists = None if batch.examples is None else self.compress(batch.examples, kept=batch.kept)
+        logits = []
+        for part in (batch, *batch.more):
+            prefix = {} if gists is None or part.row is None else gists[part.row].before(part.tokens.shape[1])
+            logits.append(self.model(part.tokens, **prefix, adapter=self.answerer, select=part.select)[0])
+        return torch.cat(logits)
+
+    @torch.no_grad()
+    def in_full(self, batch) -> Tensor:
+        """What the bare base says at the targets with all examples in context: a teacher. [N, V]"""
+        rows = batch.examples.tolist()
+        ends = [max(t for t, token in enumerate(row) if token in self.gist_ids) for row in rows]
+        rows = [[token for token in row[:end] if token < self.gist_ids[0]] for row, end in zip(rows, ends)]
+        prefix = read_rows(self.model, rows)[batch.row].before(batch.tokens.shape[1])
+        return self.model(batch.tokens, **prefix, select=batch.select)[0]
 
     def joint(self, tokens: Tensor) -> Tensor:
         """The same as one pass. tokens [B, T]: each row BOS, examples, gists, BOS, query -> logits [B, T, V].
@@ -141,14 +153,17 @@ class HyperLlama(nn.Module):
         return self.model(self.embed(tokens), adapter=adapter, mask=gist_mask(is_gist))[0]
 
 
-def combine(hyper: HyperLlama, sets: Sequence[Sequence[int]], side_by_side: bool = False) -> Gists:
-    """Several sets of examples as one prefix: averaged, or side by side (paper, Appendix B).
+def combine(hyper: HyperLlama, sets: Sequence[Sequence[int]], way: str = "average") -> Gists:
+    """Several sets of examples as one prefix. Returns one row, of G gists (average) or of len(sets)·G.
 
-    sets: rows of tokens, each BOS, examples, G gists. The gists of all stand at the same positions, so
-    that keys with the same rotation are averaged; or each G after the one before. Returns one row, of
-    G gists or of len(sets)·G.
+    sets: rows of tokens, each BOS, examples, G gists
+    way   "average"  the gists of all stand at the same positions, so that keys with the same rotation are averaged (paper, Appendix B)
+          "concat"   side by side, each G after the one before
+          "chain"    one after the other as in a joint pass: each set sees the gists of those before it
     """
-    device = hyper.gists.device
+    if way == "chain":
+        return chain(hyper, sets)
+    device, side_by_side = hyper.gists.device, way == "concat"
     lengths = torch.tensor([len(row) for row in sets], device=device)
     shift = torch.arange(len(sets), device=device) * side_by_side
     gists = hyper.compress(ragged(sets, device=device), start=(1 + shift) * len(hyper.gists) - lengths)
@@ -157,6 +172,17 @@ def combine(hyper: HyperLlama, sets: Sequence[Sequence[int]], side_by_side: bool
         return x.transpose(0, 1).flatten(1, 2)[None] if side_by_side else x.mean(0, keepdim=True)
 
     return Gists([(merge(k), merge(v)) for k, v in gists.past], gists.offset[-1:])
+
+
+def chain(hyper: HyperLlama, sets: Sequence[Sequence[int]]) -> Gists:
+    """Piece by piece, so that all the gists together see more than one context. The last stands at len(sets)·G - 1."""
+    start = torch.tensor([len(sets) * len(hyper.gists) - sum(map(len, sets))], device=hyper.gists.device)
+    gists = None
+    for row in sets:
+        more = hyper.compress(torch.tensor([row], device=start.device), start, past=gists)
+        past = more.past if gists is None else [(torch.cat(k, 2), torch.cat(v, 2)) for k, v in map(zip, gists.past, more.past)]
+        gists, start = Gists(past, more.offset), more.offset
+    return gists
 
 
 @torch.no_grad()
@@ -213,7 +239,7 @@ def build(args: argparse.Namespace, whole: bool = False) -> HyperLlama:
         reader = answerer = None
     for name in dict.fromkeys(filter(None, (reader, answerer))):
         add_lora(model, name, args.rank, args.alpha, generator, keys_values_only=name != answerer)
-    hyper = HyperLlama(model, first_gists(args, model, generator), reader, answerer)
+    hyper = HyperLlama(model, first_gists(args, model, generator), reader, answerer, among=bool(args.gists_every))
     hyper.gists.requires_grad_(args.method == "hyper")
     return hyper.requires_grad_(True) if whole else hyper
 

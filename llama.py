@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import sentencepiece
@@ -104,9 +105,8 @@ def _config_from_meta(raw: dict, folder: Path) -> Config:
         raise ValueError("use_scaled_rope is not implemented")
     width, heads, multiple = raw["dim"], raw["n_heads"], raw["multiple_of"]
     hidden = int((raw.get("ffn_dim_multiplier") or 1) * int(8 * width / 3))
-    vocab = raw.get("vocab_size", -1)
     return Config(
-        vocab=vocab if vocab > 0 else Tokenizer(folder).size,  # Llama-2's params.json says -1
+        vocab=max(raw.get("vocab_size", -1), 0) or Tokenizer(folder).size,  # Llama-2's params.json says -1
         width=width, layers=raw["n_layers"], heads=heads, kv_heads=raw.get("n_kv_heads") or heads, head_size=width // heads,
         hidden=-(-hidden // multiple) * multiple,  # rounded up
         norm_eps=raw["norm_eps"], rope_theta=raw.get("rope_theta", 10000.0),
@@ -294,15 +294,15 @@ class Llama(nn.Module):
             present.append((k, v))
         return self.lm_head(self.norm(x)), present
 
-    def keys_values(self, tokens: Tensor, at: Tensor, offset: Tensor | None = None, adapter: str | None = None) -> list[KV]:
+    def keys_values(self, tokens: Tensor, at: Tensor, offset=None, adapter=None, past=None, mask=None) -> list[KV]:
         """Only the keys and values at the positions at [B, G]: for each layer two [B, K, G, hd]. The last layer needs hidden
         states at these positions alone, and of it only keys and values are made; nothing else is computed there."""
         x, positions, adapter = self.prepare(tokens, offset, adapter)
         angles, kept, (*early, last) = rotary_angles(positions, self.config), [], self.layers
         at = (torch.arange(len(x), device=x.device)[:, None], at)  # as an index into [B, T]
-        for layer in early:
-            x, k, v = self.run(layer, x, angles, None, None, adapter, at if layer is early[-1] else ...)
-            kept.append((k.transpose(1, 2)[at].transpose(1, 2), v.transpose(1, 2)[at].transpose(1, 2)))  # [B, K, G, hd]
+        for i, layer in enumerate(early):
+            x, *both = self.run(layer, x, angles, past and past[i], mask, adapter, at if layer is early[-1] else ...)
+            kept.append(tuple(y[:, :, -tokens.shape[1] :].transpose(1, 2)[at].transpose(1, 2) for y in both))  # [B, K, G, hd]
         x = x if early else x[at]
         _, k, v = self.run(last, x, rotary_angles(positions[at], self.config), None, None, adapter, None)
         return [*kept, (k, v)]
@@ -429,6 +429,7 @@ class Tokenizer:
         with reading(self.path, "not a SentencePiece model of Llama's kind"):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             self.size, self.bos, self.eos = len(self.model), self.model.bos_id(), self.model.eos_id()
+            self._pieces = lru_cache(1 << 13)(self.model.encode)  # evaluation reads a task's rows under many conditions
             self._newline = self.model.encode("\n")
             if any(self.decode(self.encode(text)) != text for text in ("\n", "\na", "a\nb", "a \n b\n", "1\n2\n\n")):
                 raise ValueError("it loses newlines or spaces")
@@ -440,7 +441,7 @@ class Tokenizer:
 
         Encoding after a newline, then cutting it off, keeps encode(a) + encode(b) = encode(a + b) at newlines.
         """
-        return self.model.encode("\n" + text)[len(self._newline) :]
+        return self._pieces("\n" + text)[len(self._newline) :]
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(self._newline + [i for i in ids if i < self.size])[1:]  # a padded vocabulary has more ids
@@ -481,11 +482,10 @@ def generate(
 ) -> list[list[int]]:  # fmt: skip
     """Greedy continuation of prompts of unequal length, each as if it were alone. A row ends with EOS or with the tokens of
     `until`; neither is returned. seen [B, P] bool: which of the past is real, where that differs from row to row."""
-    until = list(until)
     logits, present, seen, position = read_prompts(model, prompts, past, offset, seen, adapter)
 
     def ending(row: list[int]) -> int:  # how many tokens at its end are no longer part of the answer
-        return row[-1:] == [eos] or len(until) * (row[-len(until) :] == until)
+        return row[-1:] == [eos] or len(until) * (row[-len(until) :] == [*until])
 
     rows: list[list[int]] = [[] for _ in prompts]
     for n in range(max_new_tokens):

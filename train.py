@@ -35,10 +35,11 @@ from eval import HeldOut, final_results, main_score, measure, prepare, run_comma
 from gist import trainable, trained
 from llama import InputError, Tokenizer
 from lora import assign, load_tensors, save_tensors, write_json
-from tasks import PATHS, TASKS, Parser, Run, add_options, open_run, portable, read_args, settle
+from tasks import PATHS, TASKS, WAYS, Parser, Run, add_options, open_run, portable, read_args, settle
 from tools.report import plot
 
 BETAS, WARM_UP, MAX_NORM = (0.9, 0.99), 0.1, 1.0  # Adam; share of the steps; of the gradient
+LEAST_WORTH = 0.1  # a target's weight where the context is worth nothing for it, in nats
 
 # ------------------------------------------------------------------------------------------- options
 
@@ -135,15 +136,34 @@ def make_optimizers(hyper: nn.Module, args: argparse.Namespace) -> list[torch.op
 
 
 def loss_of(hyper: nn.Module, batch: Batch, args: argparse.Namespace) -> Tensor:
-    """The loss: a sum over target tokens, to which other terms add their mean, weighted, for each target token.
+    """The loss: a sum over target tokens. Other terms add their mean, weighted, for each of these tokens.
 
-    targets   of the answer (in text: B and C) after the gists
-    lm        ordinary language modelling of the same text, so that compressing is not all the model can do
+    targets      the answer (in text: B and C) after the gists
+    lm           ordinary language modelling of the same text, so that compressing is not all the model can do
+    reconstruct  the examples again, after the gists
+    distill      what the base, with the examples in full context, holds likely for the answer (Kullback-Leibler divergence)
+
+    With --weight-by-context, a target counts by what the full context is worth for it.
     """
-    loss = F.cross_entropy(hyper(batch).float(), batch.targets, reduction="sum")
-    if batch.plain is not None:
-        loss = loss + args.lm * len(batch.targets) * F.cross_entropy(hyper(batch.plain).float(), batch.plain.targets)
+    logits, *others = hyper(batch).float().split([len(part.targets) for part in (batch, *batch.more)])
+    teacher = hyper.in_full(batch).float() if args.distill or args.weight_by_context else None
+    if args.weight_by_context:
+        loss = (worth(hyper, batch, teacher) * F.cross_entropy(logits, batch.targets, reduction="none")).sum()
+    else:
+        loss = F.cross_entropy(logits, batch.targets, reduction="sum")
+    if args.distill:
+        loss = loss + args.distill * F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+    for part, theirs in zip(batch.more, others):
+        loss = loss + part.weight * len(batch.targets) * F.cross_entropy(theirs, part.targets)
     return loss
+
+
+@torch.no_grad()
+def worth(hyper: nn.Module, batch: Batch, teacher: Tensor) -> Tensor:
+    """A weight for each target, 1 on average: by how much the full context lowers its loss ("token importance", arXiv 2412.17483). [N]"""
+    alone = F.cross_entropy(hyper.model(batch.tokens, select=batch.select)[0].float(), batch.targets, reduction="none")
+    gain = (alone - F.cross_entropy(teacher, batch.targets, reduction="none")).clamp(min=LEAST_WORTH)
+    return gain / gain.mean()
 
 
 def draw(batches: Callable, args: argparse.Namespace, step: int, rank: int, world: int, device: torch.device) -> list[Batch]:
@@ -223,8 +243,8 @@ def train(
 
 
 MARK = ".hyperllama"  # in every folder that we made; only files of these names are ever deleted, and only there
-NAMES = {MARK, "args.json", "log.jsonl", "state.safetensors", "adapters.safetensors", "results.json", "curve.png"}
-NAMES |= {"model.safetensors", "gists.safetensors", "config.json", "tokenizer.model", "shared", "average-*", "concat-*"}
+NAMES = {MARK, "args.json", "log.jsonl", "state.safetensors", "adapters.safetensors", "results.json", "curve.png", "probe.png"}
+NAMES |= {"model.safetensors", "gists.safetensors", "config.json", "tokenizer.model", "shared", *(f"{way}-*" for way in WAYS)}
 
 
 def ours(path: Path) -> bool:

@@ -39,10 +39,12 @@ COMMON = {  # defaults of all tasks; the others are in tasks/*.py
     "method": "hyper", "gists": 16, "context": 1024, "query_length": 384, "instruction_downstream": False, "fuse_instruction": False,
     "words": None, "quantize": False, "dtype": None, "device": None, "seed": 0, "downstream": "frozen", "init": None, "run": None,
     "rank": 8, "alpha": 16, "accumulate": 1, "checkpoint_activations": False, "measure": 0, "save_every": 100,
-    "optimizer": "adamw", "held_out": None, "lm": 0.0, "in_order": False, "controls": True, "limit": 0, "score": "sum", "eval_batch_size": 16, "average": None, "concat": None,
+    "optimizer": "adamw", "held_out": None, "lm": 0.0, "in_order": False, "distill": 0.0, "reconstruct": 0.0, "weight_by_context": False,
+    "gists_every": 0, "controls": True, "limit": 0, "score": "sum", "eval_batch_size": 16, "average": None, "concat": None, "chain": None,
 }  # fmt: skip
 MOVABLE = {"model", "data", "device", "dtype"}  # the same model may lie elsewhere later
-EVALUATION = {"controls", "sets", "limit", "score", "eval_batch_size", "average", "concat"}
+WAYS = ("average", "concat", "chain")  # to make one prefix of several sets of examples
+EVALUATION = {"controls", "sets", "limit", "score", "eval_batch_size", *WAYS}
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,6 +115,10 @@ def add_options(parser: Parser) -> None:
     add("--optimizer", choices=["adamw", "muon"], help="hyperpretrain: AdamW, or Muon for the layers' matrices (the rest: AdamW at --gist-lr)")
     add("--lm", type=number, metavar="WEIGHT", help="hyperpretrain: of ordinary language modelling on the same text, added to the loss")
     add("--in-order", action=argparse.BooleanOptionalAction, help="hyperpretrain: read the files of text one after the other, by name")
+    add("--distill", type=number, metavar="WEIGHT", help="add to the loss how far answers after gists are from the base's with all examples in context")
+    add("--reconstruct", type=number, metavar="WEIGHT", help="add to the loss that of saying the examples again, after their gists")
+    add("--weight-by-context", action="store_true", help="weight each target token by how much the full context lowers its loss")
+    add("--gists-every", type=whole, metavar="N", help="a part of the gists after every N examples (0: all at the end)")
     add("--checkpoint-activations", action="store_true",
         help="compute each layer again for its gradient, rather than keep what it needs: less memory, same bits")  # fmt: skip
     add("--measure", type=whole, metavar="N", help="score the held-out tasks about N times along the way (miniature: 6; prefix 10; else never)")
@@ -125,6 +131,7 @@ def add_options(parser: Parser) -> None:
     add("--limit", type=lambda text: 0 if text == "all" else whole(text), metavar="N", help="rows of a held-out task to score (all)")
     add("--average", type=positive, metavar="N", help="p3: average the gists of N sets of examples")
     add("--concat", type=positive, metavar="N", help="p3: the gists of N sets of examples side by side")
+    add("--chain", type=positive, metavar="N", help="p3: N sets of examples one after the other, each seeing the gists of those before it")
     add("--score", choices=["sum", "mean"], help="of an option's token log-probabilities (sum)")
     add("--eval-batch-size", type=positive, help="queries scored at a time (16)")
 
@@ -157,14 +164,24 @@ def portable(args: argparse.Namespace) -> dict:
     return vars(args) | {name: str(path.relative_to(PROJECT)) for name, path in inside.items()}
 
 
+def several(args: argparse.Namespace) -> tuple[str, int]:
+    """How sets of examples are combined, and how many of them: ("", 1) where there is one."""
+    return next(((way, getattr(args, way)) for way in WAYS if getattr(args, way)), ("", 1))
+
+
 def check_options(args: argparse.Namespace, task: ModuleType) -> None:
     """InputError for options that exclude each other."""
     for name, other in TASKS.items():
         if other is not task and any(getattr(args, option) for option in other.OPTIONS):
             options = " and ".join("--" + option.replace("_", "-") for option in other.OPTIONS)
             raise InputError(f"{options} {'belong' if len(other.OPTIONS) > 1 else 'belongs'} to --task {name}")
-    if args.average and args.concat:
-        raise InputError("--average and --concat exclude each other")
+    if sum(bool(getattr(args, way)) for way in WAYS) > 1:
+        raise InputError("--average, --concat and --chain exclude each other")
+    further = [f"--{name.replace('_', '-')}" for name in ("distill", "reconstruct", "weight_by_context", "gists_every") if getattr(args, name)]
+    if further and (args.method != "hyper" or task is prefix):
+        raise InputError(f"{further[0]} belongs to a hypernetwork that is trained to compress")
+    if args.gists_every and (args.fuse_instruction or task is text):
+        raise InputError("--gists-every goes with neither --fuse-instruction nor --task hyperpretrain")
     if args.downstream != "frozen" and args.method != "hyper":
         raise InputError(f"--downstream {args.downstream} belongs to --method hyper")
     for name in ("lr", "gist_lr", "alpha"):
@@ -244,6 +261,6 @@ def open_run(args: argparse.Namespace, folder: Path | None = None) -> Run:
         raise InputError(f"--gists {args.gists} leave no room for examples in --context {args.context}")
     if tokenizer.size > config.vocab:
         raise InputError(f"{args.model}: the tokenizer has {tokenizer.size} pieces, the model only {config.vocab}")
-    formatter = Formatter(tokenizer, args.context, args.query_length)
+    formatter = Formatter(tokenizer, args.context, args.query_length, args.gists_every)
     task = TASKS[args.task]
     return Run(args, task.build(args) if folder is None else task.restore(args, folder), formatter)

@@ -22,7 +22,7 @@ from tasks.rows import READERS, as_text, existing, file_kind, read_lists
 
 FOLDER, MODEL = "P3", "llama-c"  # the miniature's data and checkpoint
 METRIC = "accuracy"
-OPTIONS = ("average", "concat")
+OPTIONS = ("average", "concat", "chain")
 DEFAULTS = {
     "large": {"shots": 16, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
     "tiny": {"shots": 16, "steps": 300, "measure": 6, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
@@ -35,12 +35,12 @@ def score(answer: str, query: Example) -> float:
 
 def check(args: argparse.Namespace) -> None:
     """InputError for options that don't go together."""
-    if (args.average or args.concat) and args.method != "hyper":
-        raise InputError("--average and --concat belong to --method hyper")
+    if (args.average or args.concat or args.chain) and args.method != "hyper":
+        raise InputError("--average, --concat and --chain belong to --method hyper")
 
 
 def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> EpisodeBatches:
-    return EpisodeBatches(load(args, formatter, "train"), formatter, args.method, hyper.gist_ids, args.shots)
+    return EpisodeBatches(load(args, formatter, "train"), formatter, args.method, hyper.gist_ids, args.shots, reconstruct=args.reconstruct)
 
 
 def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list["Prompt"]:

@@ -66,7 +66,7 @@ def check(args: argparse.Namespace) -> None:
 
 def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> EpisodeBatches:
     tasks, instruct, fuse = load(args, formatter, "train"), args.instruction_downstream, args.fuse_instruction
-    return EpisodeBatches(tasks, formatter, args.method, hyper.gist_ids, args.shots, instruct, fuse)
+    return EpisodeBatches(tasks, formatter, args.method, hyper.gist_ids, args.shots, instruct, fuse, args.reconstruct)
 
 
 def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list["SNITask"]:

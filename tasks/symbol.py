@@ -35,7 +35,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> EpisodeBatches:
-    return EpisodeBatches(load(args, formatter, "train"), formatter, args.method, hyper.gist_ids, args.shots)
+    return EpisodeBatches(load(args, formatter, "train"), formatter, args.method, hyper.gist_ids, args.shots, reconstruct=args.reconstruct)
 
 
 def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list["SymbolTask"]:

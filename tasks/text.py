@@ -6,6 +6,7 @@ predicts B and C after their gists. The result is a checkpoint with gists of its
 
 import argparse
 import gzip
+import mmap
 import random
 import shutil
 import statistics
@@ -14,7 +15,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from data import Batch, Formatter, collate
+from data import Batch, Formatter, again, collate
 from gist import HyperLlama, read_rows
 from gist import build as build_hyper
 from llama import Config, InputError, Tokenizer, reading
@@ -38,7 +38,10 @@ METRIC = "loss"
 OPTIONS = ("lm", "in_order", "held_out")
 DEFAULTS = {
     "large": {"shots": None, "steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5, "sets": 1},
-    "tiny": {"shots": None, "steps": 300, "batch_size": 24, "lr": 3e-3, "gist_lr": 3e-3, "context": 145, "query_length": 65, "sets": 5},
+    "tiny": {
+        "shots": None, "steps": 2000, "batch_size": 24, "optimizer": "muon", "lr": 1e-2, "gist_lr": 2.5e-3,
+        "lm": 0.5, "in_order": True, "context": 145, "query_length": 65, "sets": 1, "measure": 7,
+    },  # fmt: skip
 }
 
 
@@ -68,7 +71,7 @@ def save(hyper: HyperLlama, tensors: dict[str, Tensor], args: argparse.Namespace
 
 def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> "TextBatches":
     rows = args.steps * args.accumulate * args.batch_size
-    return TextBatches(args.data, formatter, hyper.gist_ids, bool(args.lm), rows if args.in_order else 0)
+    return TextBatches(args.data, formatter, hyper.gist_ids, args.lm, rows if args.in_order else 0, args.reconstruct)
 
 
 class TextBatches:
@@ -78,19 +81,22 @@ class TextBatches:
     with `text`) are never read whole: a window begins at a random byte of them. The documents in the
     last twentieth of each file (at least one) are kept for evaluation; a file of one document trains.
 
-    plain     whether batches also hold the whole window for ordinary language modelling
-    in_order  so many rows take the files one after the other, by name; 0: each row draws a file
+    lm           the weight of ordinary language modelling of the whole window
+    in_order     so many rows take the files one after the other, by name; 0: each row draws a file
+    reconstruct  the weight of saying A and D again
     """
 
-    def __init__(self, folder: str | Path, formatter: Formatter, gist_ids: list[int], plain: bool = False, in_order: int = 0):
+    def __init__(
+        self, folder: str | Path, formatter: Formatter, gist_ids: list[int], lm: float = 0.0, in_order: int = 0, reconstruct: float = 0.0
+    ):
         folder = existing(folder)
         paths = sorted(path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
         if not paths:
             raise InputError(f"{folder}: no .jsonl or .jsonl.gz files with text")
         self.paths, self.borders, self.sizes = paths, [], []
-        self.unpacked = tempfile.TemporaryDirectory(prefix="text-")
+        self.unpacked: dict[int, mmap.mmap | bytes] = {}
         for n, path in enumerate(paths):
-            data = map_file(self.unpacked_path(n))
+            data = self.data(n)
             size = len(data[:].rstrip()) if len(data) < 1 << 16 else len(data)  # blank lines may end a small file
             border = data.find(b"\n", size * 19 // 20, size) + 1 or data.rfind(b"\n", 0, max(0, size - 1)) + 1
             self.sizes.append(size)
@@ -103,7 +109,7 @@ class TextBatches:
                 text_of(data[start : data.find(b"\n", start) + 1 or size], f"{path}: byte {start}")
         if self.borders == self.sizes:
             raise InputError(f"{folder}: too few documents to keep some for evaluation")
-        self.formatter, self.gist_ids, self.plain, self.in_order = formatter, gist_ids, plain, in_order
+        self.formatter, self.gist_ids, self.lm, self.in_order, self.reconstruct = formatter, gist_ids, lm, in_order, reconstruct
         self.outer = (formatter.context - len(gist_ids) - 1) // 2  # tokens of A, and of D
         self.inner = (formatter.query_length - 1) // 2  # of B, and of C
         if min(self.outer, self.inner) < 1:
@@ -112,19 +118,21 @@ class TextBatches:
     def __str__(self) -> str:
         return f"{len(self.paths)} files of text"
 
-    def unpacked_path(self, n: int) -> Path:
-        """File number n, or what was packed in it: nothing can be found inside a .gz, so it is unpacked once."""
-        path, unpacked = self.paths[n], Path(self.unpacked.name) / str(n)
+    def data(self, n: int) -> mmap.mmap | bytes:
+        """The bytes of file number n. Nothing can be found inside a .gz: it is unpacked once, into a file that has no name and ends with us."""
+        path = self.paths[n]
         if path.suffix != ".gz":
-            return path
-        if not unpacked.exists():
-            with reading(path, "can't be unpacked"), open(unpacked, "wb") as file, gzip.open(path) as packed:
+            return map_file(path)
+        if n not in self.unpacked:
+            with reading(path, "can't be unpacked"), tempfile.TemporaryFile() as file, gzip.open(path) as packed:
                 room = 100 * path.stat().st_size + (1 << 26)  # text packs ten to one
                 while block := packed.read(1 << 20):
                     file.write(block)
                     if file.tell() > room:
                         raise InputError(f"{path}: unpacks to more than a hundred times its size, so it isn't text")
-        return unpacked
+                file.flush()
+                self.unpacked[n] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
+        return self.unpacked[n]
 
     def file(self, rng: random.Random, test: bool, number: int) -> int:
         """The file of a row: drawn by size, or (in order) the one that the row's share of the run falls in."""
@@ -138,7 +146,7 @@ class TextBatches:
         """The tokens of A B C D: a stretch of one text, or of several where they are short."""
         needed, eos = 2 * (self.outer + self.inner), self.formatter.tokenizer.eos
         file = self.file(rng, test, number)
-        path, data, border = self.paths[file], map_file(self.unpacked_path(file)), self.borders[file]
+        path, data, border = self.paths[file], self.data(file), self.borders[file]
         start, end = (border, self.sizes[file]) if test else (0, border)
         at = data.find(b"\n", rng.randrange(start, end), end) + 1 or start  # the beginning of some line
         tokens: list[int] = []
@@ -171,8 +179,9 @@ class TextBatches:
             targets.append(tokens[middle])
             windows.append(tokens)
         count = len(context)
-        batch = collate(context, list(range(count)), [[bos]] * count, targets)
-        return replace(batch, plain=collate(None, [0] * count, [[bos]] * count, windows)) if self.plain and not test else batch
+        more = [] if test else again(context, self.gist_ids, self.formatter.tokenizer.eos, self.reconstruct)
+        more += [collate(None, None, [[bos]] * count, windows, weight=self.lm)] if self.lm and not test else []
+        return collate(context, list(range(count)), [[bos]] * count, targets, more=more)
 
 
 def text_of(line: bytes, where: str) -> str:

@@ -24,7 +24,7 @@ import train as training  # noqa: E402
 from gist import HyperLlama  # noqa: E402
 from llama import Config, Linear, Llama, Tokenizer  # noqa: E402
 from lora import add_lora  # noqa: E402
-from tools import answer, cost, export, report  # noqa: E402
+from tools import answer, cost, export, probe, report  # noqa: E402
 
 REAL_DATA = ROOT.parent / "shared" / "data"  # real P3, S-NI and text files, where they are at hand
 needs_real_data = pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data files are not here")
@@ -138,7 +138,7 @@ def few_tasks() -> Path:
 
 FEW_TASKS = few_tasks()
 SHORT = ["--data", str(FEW_TASKS), "--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01", "--sets", "2", "--measure", "0"]
-MAINS = {"train": training.main, "eval": evaluation.main, "answer": answer.main, "cost": cost.main, "report": report.main, "export": export.main}
+MAINS = {"train": training.main, "eval": evaluation.main, "answer": answer.main, "cost": cost.main, "report": report.main, "export": export.main, "probe": probe.main}
 
 
 def command(*argv, program=ROOT / "train.py"):

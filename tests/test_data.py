@@ -1,5 +1,6 @@
 """Packing examples into rows of tokens, batches."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -22,11 +23,22 @@ def examples(*lengths):
 
 def test_examples_that_do_not_fit_are_left_out_whole(tokenizer):
     formatter = Formatter(tokenizer, context=60, query_length=30)
-    row, lead, left_out = formatter.context_row(Episode([], examples(3, 50, 2, 40), PLAIN), end=[-1, -2])
+    row, lead, left_out = formatter.context_row(Episode([], examples(3, 50, 2, 40), PLAIN), [-1, -2])
     text = tokenizer.decode(row[1:-2])
     assert lead == 1 and row[0] == tokenizer.bos and row[-2:] == [-1, -2] and len(row) <= 60
     assert text == "\nInput:\ndog dog dog \nOutput:\nlabel0\nInput:\ndog dog \nOutput:\nlabel2"
     assert report(left_out) == "2 of 4 examples left out, because the context was full"
+
+
+def test_gists_stand_after_every_so_many_examples(tokenizer):
+    gists = list(range(2000, 2008))
+    for shots, every, expected in ((6, 2, [3, 3, 2]), (6, 4, [6, 2]), (4, 1, [2, 2, 2, 2]), (3, 3, [8]), (3, 0, [8])):
+        row = Formatter(tokenizer, 200, 30, every).context_row(Episode([], examples(*[1] * shots)), gists).tokens
+        assert [token for token in row if token >= 2000] == gists and row[-1] == gists[-1]
+        runs = [len(list(run)) for is_gist, run in itertools.groupby(row, lambda token: token >= 2000) if is_gist]
+        assert runs == expected
+    short = Formatter(tokenizer, 30, 30, 1).context_row(Episode([], examples(1, 1, 1, 1)), gists)  # two examples don't fit
+    assert len(short.tokens) <= 30 and short.left_out["shots left out"] and [t for t in short.tokens if t >= 2000] == gists
 
 
 def test_a_long_query_keeps_its_end(tokenizer):

@@ -257,7 +257,7 @@ def test_evaluation_options_reach_a_run_and_others_stay(tmp_path):
         with pytest.raises(InputError, match="can't be changed"):
             settings([str(tmp_path), *same_as_default])
     assert not settings([str(tmp_path), "--no-controls"])[0].controls
-    for option in ("average", "concat"):  # beside the run's own result, not in its place
+    for option in ("average", "concat", "chain"):  # beside the run's own result, not in its place
         assert settings([str(tmp_path), f"--{option}", "2"])[1:] == (tmp_path, tmp_path / f"{option}-2")
     for task in ("p3", "sni", "symbol"):
         plain, folder, out = settings(["--task", task, "--method", "fewshot"])

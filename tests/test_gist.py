@@ -1,10 +1,12 @@
 """Gisting: the joint pass and the two passes are the same thing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import G, config, random_hyper
 
-from data import collate
+from data import again, collate
 from gist import Gists, combine, gist_mask, load_gists, mean_pooled, read_rows, save_gists
 from llama import InputError, generate, ragged
 from lora import save_tensors
@@ -229,7 +231,7 @@ def test_a_set_averaged_with_itself_is_itself():
     hyper = random_hyper()
     alone = hyper.compress(torch.tensor([SETS[0]]))
     assert_same_gists(combine(hyper, [SETS[0]] * 3), alone)
-    assert_same_gists(combine(hyper, [SETS[0]], side_by_side=True), alone)
+    assert_same_gists(combine(hyper, [SETS[0]], "concat"), alone)
 
 
 def test_sets_of_unequal_length_are_averaged_at_equal_positions():
@@ -247,13 +249,61 @@ def test_sets_of_unequal_length_are_averaged_at_equal_positions():
 
 def test_sets_side_by_side_follow_one_another():
     hyper = random_hyper()
-    combined = combine(hyper, SETS, side_by_side=True)
+    combined = combine(hyper, SETS, "concat")
     ends = [G, 2 * G, 3 * G]
     assert combined.offset.tolist() == [3 * G]
     alone = [hyper.compress(torch.tensor([row]), start=torch.tensor([end - len(row)])) for row, end in zip(SETS, ends)]
     for layer, (k, v) in enumerate(combined.past):
         torch.testing.assert_close(k, torch.cat([gists.past[layer][0] for gists in alone], dim=2), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(v, torch.cat([gists.past[layer][1] for gists in alone], dim=2), atol=1e-5, rtol=1e-5)
+
+
+def test_a_chain_of_sets_is_the_joint_pass_over_all_of_them():
+    hyper, query = random_hyper(), [1, 30, 31, 32]
+    gists = combine(hyper, SETS, "chain")
+    assert gists.offset.tolist() == [3 * G]
+    two = hyper.model(torch.tensor([query]), **gists.before(len(query)))[0][0]
+    torch.testing.assert_close(two, hyper.joint(torch.tensor([sum(SETS, []) + query]))[0, -len(query) :], **TOLERANCE)
+    apart = hyper.model(torch.tensor([query]), **combine(hyper, SETS, "concat").before(len(query)))[0][0]
+    assert (two - apart).abs().max() > 1e-3, "each set sees the gists of those before it"
+
+
+def test_gists_among_the_examples_are_the_joint_pass_too():
+    """Rows of unequal length, their gists in two parts."""
+    hyper, a, b = random_hyper("downstream"), G // 2, GIST_IDS
+    hyper.among = True
+    rows = [([1] + words(n, n) + b[:a] + words(m, m) + b[a:], [1] + words(q, q)) for n, m, q in ((4, 9, 3), (7, 2, 6), (1, 1, 1))]
+    torch.testing.assert_close(two_passes(hyper, rows), one_pass(hyper, rows), **TOLERANCE)
+    hyper.among = False
+    assert (two_passes(hyper, rows)[0] - one_pass(hyper, rows)[0]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------- other terms of the loss
+
+
+def some_batch(**more):
+    rows = [[1] + words(7, 7) + GIST_IDS, [1] + words(3, 3) + GIST_IDS]
+    return rows, collate(rows, [0, 1, 1], [[1, 5, 6], [1, 7], [1, 8, 9, 10]], [[11, 12], [13], [14, 15]], **more)
+
+
+def test_what_other_terms_predict_comes_after_the_same_gists():
+    hyper, (rows, batch) = random_hyper("downstream"), some_batch()
+    saying, text = again(rows, GIST_IDS, 2, 0.5)[0], collate(None, None, [[1], [1]], [words(6, 6), words(4, 4)])
+    assert saying.weight == 0.5 and saying.targets.tolist() == words(7, 7) + words(3, 3) and saying.tokens[:, 0].tolist() == [2, 2]
+    apart = [hyper(batch), hyper(replace(saying, examples=batch.examples)), hyper(replace(text, row=torch.arange(2)))]
+    torch.testing.assert_close(hyper(replace(batch, more=(saying, text))), torch.cat(apart), **TOLERANCE)
+
+
+def test_the_teacher_reads_all_examples_and_no_gist():
+    hyper, (rows, batch) = random_hyper(), some_batch()
+    plain = [row[: -len(GIST_IDS)] for row in rows]
+    for among in (False, True):  # wherever the gists stand
+        if among:
+            batch = replace(batch, examples=ragged([row[:3] + GIST_IDS[:1] + row[3:-G] + GIST_IDS[1:] for row in rows]))
+        taught = hyper.in_full(batch).split([2, 1, 2])
+        for n, (row, prompt, target) in enumerate([(0, [1, 5, 6], [11, 12]), (1, [1, 7], [13]), (1, [1, 8, 9, 10], [14, 15])]):
+            whole = hyper.model(torch.tensor([plain[row] + prompt + target]))[0][0]
+            torch.testing.assert_close(taught[n], whole[-len(target) - 1 : -1], **TOLERANCE)
 
 
 # ---------------------------------------------------------------------- prefixes that need no gists

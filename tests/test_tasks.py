@@ -444,11 +444,11 @@ def test_evaluation_text_is_never_trained_on(tokenizer, tmp_path):
 def test_files_are_read_in_order_where_that_is_asked_and_every_row_depends_on_its_number(tokenizer, tmp_path):
     for name, word in (("1.jsonl", "fox"), ("2.jsonl", "owl")):
         (tmp_path / name).write_text((json.dumps({"text": f"{word} " * 80}) + "\n") * 30)
-    batches = TextBatches(tmp_path, Formatter(tokenizer, 30, 21), [2000, 2001], plain=True, in_order=40)
+    batches = TextBatches(tmp_path, Formatter(tokenizer, 30, 21), [2000, 2001], lm=0.5, in_order=40)
     word_of = ["owl" in tokenizer.decode(batches(0, [n]).targets.tolist()) for n in range(40)]
     assert word_of == [False] * 20 + [True] * 20
     batch = batches(0, range(2))
-    assert batch.plain.examples is None and len(batch.plain.targets) == 2 * (30 - 2 - 2 + 20), "A B C D as ordinary text"
+    assert (part := batch.more[0]).examples is None and part.row is None and len(part.targets) == 2 * (30 - 2 - 2 + 20), "A B C D as ordinary text"
 
 
 def test_a_document_longer_than_a_twentieth_of_its_file_is_still_evaluation_text(tokenizer, tmp_path):
@@ -466,7 +466,7 @@ def test_a_gz_that_unpacks_without_end_is_refused(tokenizer, tmp_path):
 
 
 def test_packed_text_equals_plain_text(tokenizer, tmp_path):
-    source = (ROOT / "tiny" / "text" / "text.jsonl").read_bytes()
+    source = gzip.decompress((ROOT / "tiny" / "text" / "2-stories.jsonl.gz").read_bytes())
     for name, content in (("plain/a.jsonl", source), ("packed/a.jsonl.gz", gzip.compress(source))):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(content)
@@ -566,17 +566,21 @@ def test_no_label_of_the_miniature_is_in_training_and_held_out_tasks():
             labels[split] |= {option for i in range(20) for option in task.train[i].options}
     assert len(labels["train"]) > 20 and len(labels["test"]) > 15
     assert not labels["train"] & labels["test"]
-    assert len(p3_tasks(ROOT / "tiny" / "P3", "train")) >= 24 and len(p3_tasks(ROOT / "tiny" / "P3", "test")) == 8
+    assert len(p3_tasks(ROOT / "tiny" / "P3", "train")) >= 100 and len(p3_tasks(ROOT / "tiny" / "P3", "test")) == 16
 
 
 def test_the_miniature_in_git_is_what_its_script_makes(tmp_path, tokenizer):
-    make.write_p3(tmp_path / "P3", seed=0)
-    make.write_sni(tmp_path / "natural-instructions", seed=0)
-    make.write_symbol(tmp_path / "symbol", seed=0)
-    make.write_text(tmp_path / "text", tokenizer, seed=0, texts=make.TEXTS)
+    make.write_data(tmp_path, seed=0)
     made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     folders = [ROOT / "tiny" / path.name for path in tmp_path.iterdir()]
     assert made == {p.relative_to(ROOT / "tiny"): p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file()}
+
+
+def test_no_text_of_the_miniature_is_laid_out_as_a_task_is():
+    text = "".join(gzip.decompress(path.read_bytes()).decode() for path in (ROOT / "tiny" / "text").glob("*.gz"))
+    assert len(text.splitlines()) == 12_000 and "The animal?" in text and "He: " in text
+    for sign in ("Input", "Output", "Definition", "Question", "Answer", "Student", "Symbol", "Label", "->", " = ", "Q:", "Name the", "Find the", " or "):
+        assert sign not in text
 
 
 def test_the_miniature_never_trains_on_what_it_holds_out():

@@ -9,10 +9,12 @@ from conftest import ROOT, random_hyper, run, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data import Episode, Example
 from llama import InputError, Tokenizer, generate, holes_mask, load
 from lora import load_tensors
 from tasks import open_run, read_args, settle
 from tools.cost import flops
+from tools.probe import asked_back
 from tools.report import compare, plot
 
 
@@ -54,7 +56,16 @@ def test_options_of_answer_that_do_not_go_together_are_refused(tmp_path, argv, m
     assert len(lines) == 1 and message in lines[0]
 
 
-@pytest.mark.parametrize("program", ["answer", "cost"])
+def test_each_example_is_asked_back_at_its_place(tmp_path, hypernetwork):
+    episode = Episode([Example("q", "b", ("a", "b"))], [Example("x", "a"), Example("y", "b", ("b", "c")), Example("z", "a")])
+    again = asked_back(episode, 2)
+    assert [query.input for query in again.queries] == ["x", "y"] == [shot.input for shot in again.shots]
+    assert [query.options for query in again.queries] == [("a", "b"), ("b", "c")]
+    done = run(hypernetwork, "--sets", "1", "--out", tmp_path / "probe.png", program="probe").stdout
+    assert (tmp_path / "probe.png").exists() and "place among 4 examples" in done and "in context" in done
+
+
+@pytest.mark.parametrize("program", ["answer", "cost", "probe"])
 def test_a_tool_without_a_finished_run_is_refused(tmp_path, program):
     options = ["--examples", tmp_path / "a"] if program == "answer" else []
     assert "RUN" in run(program=program, status=2).stderr

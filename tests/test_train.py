@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import REAL_DATA, ROOT, SHORT, command, needs_real_data, random_hyper, random_llama, run, train, write_hf
 from safetensors import safe_open
 
 import tasks
 import train as training
-from data import collate
+from data import again, collate
 from eval import run_command
 from llama import load
 from lora import load_tensors, save_tensors
@@ -123,6 +125,7 @@ def test_checkpointed_activations_change_no_bit(tmp_path, task):
 @pytest.mark.parametrize("task, variant", [
     ("sni", []), ("sni", ["--instruction-downstream"]), ("sni", ["--fuse-instruction", "--downstream", "lora"]),
     ("sni", ["--method", "fewshot"]), ("sni", ["--method", "zeroshot"]), ("symbol", []), ("symbol", ["--method", "fewshot"]),
+    ("symbol", ["--distill", "1", "--reconstruct", "0.5", "--gists-every", "2", "--weight-by-context"]),
 ], ids=str)  # fmt: skip
 def test_every_task_runs_and_evaluates_the_same_later(tmp_path, task, variant):
     out = tmp_path / "run"
@@ -208,6 +211,47 @@ def test_a_run_never_talks_to_the_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", connect)
     train(tmp_path / "run", "--steps", "1")
+
+
+# --------------------------------------------------------------------------------- terms of the loss
+
+
+def some_loss(hyper, batch, **weights):
+    args = argparse.Namespace(**{"distill": 0.0, "weight_by_context": False} | weights)
+    return training.loss_of(hyper, batch, args)
+
+
+def some_batch(**more):
+    rows = [[1, 5, 6, 7, 50, 51, 52], [1, 8, 9, 50, 51, 52]]
+    return collate(rows, [0, 1, 1], [[1, 5, 6], [1, 7], [1, 8, 9, 10]], [[11, 12], [13], [14, 15]], **more)
+
+
+def test_distillation_is_nothing_where_gists_say_what_the_examples_say():
+    hyper, batch = random_hyper(), some_batch()
+    plain, taught = some_loss(hyper, batch), some_loss(hyper, batch, distill=2.0)
+    student, teacher = (torch.softmax(logits, -1) for logits in (hyper(batch), hyper.in_full(batch)))
+    by_hand = (teacher * (teacher.log() - student.log())).sum()
+    torch.testing.assert_close(taught - plain, 2 * by_hand)
+    hyper.in_full = lambda _: hyper(batch).detach()
+    torch.testing.assert_close(some_loss(hyper, batch, distill=2.0), plain)
+
+
+def test_what_is_said_again_weighs_as_much_for_each_answer_token_however_long_it_is():
+    hyper, batch = random_hyper(), some_batch()
+    (saying,) = again(batch.examples.tolist(), hyper.gist_ids, 2, 0.5)
+    both = some_loss(hyper, some_batch(more=[saying]))
+    mean = F.cross_entropy(hyper(replace(batch, more=(saying,)))[len(batch.targets) :], saying.targets)
+    torch.testing.assert_close(both, some_loss(hyper, batch) + 0.5 * len(batch.targets) * mean)
+
+
+def test_targets_weigh_what_the_full_context_is_worth_for_them():
+    hyper, batch = random_hyper(), some_batch()
+    logits, full = hyper(batch), hyper.in_full(batch)
+    weights = training.worth(hyper, batch, full)
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    losses = [F.cross_entropy(x, batch.targets, reduction="none") for x in (logits, full, hyper.model(batch.tokens, select=batch.select)[0])]
+    assert weights.argmax() == (losses[2] - losses[1]).argmax() and weights.min() > 0
+    torch.testing.assert_close(some_loss(hyper, batch, weight_by_context=True), (weights * losses[0]).sum())
 
 
 # -------------------------------------------------- compression hyperpretraining, several processes
@@ -361,7 +405,7 @@ while True:
 """ % str(ROOT)
 
 
-@pytest.mark.parametrize("task", [["--task", "p3", *SHORT, "--sets", "1"], ["--task", "hyperpretrain", "--batch-size", "2", "--gists", "4", "--limit", "4"]], ids=str)
+@pytest.mark.parametrize("task", [["--task", "p3", *SHORT, "--sets", "1"], ["--task", "hyperpretrain", "--batch-size", "2", "--gists", "4", "--limit", "4", "--measure", "0"]], ids=str)
 def test_a_run_killed_twenty_times_ends_as_if_never_killed(tmp_path, task):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     argv = [sys.executable, "-c", KILLER, whole, cut, 20, *task, "--steps", "8", "--save-every", "2"]
@@ -469,6 +513,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys)
         (["--fuse-instruction"], "belong to --task sni"),
         (["--words", "w"], "--words belongs"),
         (["--average", "2", "--concat", "2"], "exclude"),
+        (["--chain", "2", "--concat", "2"], "exclude"),
+        (["--distill", "1", "--method", "fewshot"], "--distill belongs to a hypernetwork"),
+        (["--task", "prefix", "--init", "random", "--gists-every", "4"], "--gists-every belongs to a hypernetwork"),
+        (["--task", "sni", "--gists-every", "1", "--fuse-instruction"], "--gists-every goes with neither"),
         (["--init", "random"], "belong to --task prefix"),
         (["--task", "prefix"], "needs --run"),
         (["--task", "prefix", "--run", tmp_path / "no"], "not the folder of a run"),

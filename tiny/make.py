@@ -2,26 +2,28 @@
 
     python -m tiny.make            all of it, from a seed, in place of what lies beside this file
 
-Needs torch 2.9 or later (for the Muon optimizer); on one CPU core it takes about an hour.
+Needs torch 2.9 or later (for the Muon optimizer); on two CPU cores it takes about an hour and a half.
 
-Looking a word up among examples doesn't come by itself. It came in these steps, each on top of the
-one before: repeat a random string; look up single words; words in a phrase; words among others;
-sentences, tasks with a definition and topics. Compression (paper, Section 5) then trains all
-parameters on questions about such texts rather than on the texts, which at this size takes too long:
+This script writes the data and trains the base, an ordinary language model. Compression is left to the
+project's own command, train.py --task hyperpretrain, on the texts of texts.py: tiny/llama-c is the folder
+of that run.
 
-    loss of a label behind gists  +  half the ordinary loss of the same document in full
+Looking a word up in what came before doesn't come by itself: the base reads repeated strings first, then
+lists of single words, phrases, pairs, and at last sentences, random tasks with a definition, random sets to
+classify and texts, in layouts that include those of the tasks. (A real base has read such things, too.)
 """
 
 import argparse
+import gzip
 import io
 import json
 import random
 import shutil
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import sentencepiece
@@ -29,26 +31,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Batch, Example, collate
-from gist import HyperLlama
-from llama import Config, Llama, Tokenizer, load, ragged
-from lora import save_tensors
+from data import Example
+from llama import Config, Llama, Tokenizer, ragged
 from tasks.rows import masked_crc32c
 from tasks.sni import LAYOUT as SNI_LAYOUT
 from tasks.symbol import LAYOUTS as SYMBOL_LAYOUTS
 from tasks.symbol import draw_symbols, whole_words
 from tasks.text import save_checkpoint
-from tiny import world
+from tiny import texts, world
 
 HERE = Path(__file__).parent
-GISTS = 16
 
 # ------------------------------------------------------------------------------------------ documents
 
 LAYOUTS = ["\nInput:\n{x}\nOutput:\n{y}", "\nQ: {x}\nA:\n{y}", "\n{x}\n{y}"]
 PHRASES = ["{w}", "Here is {w}.", "Look at the {w}!", "It is the {w} again.", "I like {w}."]
-NAMES = ("repeat", "word", "phrase", "pair", "sentence", "definition", "topic")  # kinds of documents
-REPEAT, WORD, PHRASE, PAIR, SENTENCE, DEFINITION, TOPIC = range(len(NAMES))  # the first five by difficulty
+NAMES = ("repeat", "word", "phrase", "pair", "sentence", "definition", "topic", "text")  # kinds of documents
+REPEAT, WORD, PHRASE, PAIR, SENTENCE, DEFINITION, TOPIC, TEXT = range(len(NAMES))  # the first five by difficulty
 WORDS = world.LABELS + [word for words in world.KINDS.values() for word in words]
 
 
@@ -146,6 +145,9 @@ def as_document(tokenizer: Tokenizer, rows: Iterable[Row], length: int) -> Docum
 
 
 def document(rng: random.Random, tokenizer: Tokenizer, difficulty: int, length: int) -> Document:
+    if difficulty == TEXT:
+        tokens = [tokenizer.bos, *tokenizer.encode(texts.text(rng, (0.1, 0.1, 0.15, 0.45, 0.1, 0.1)))][:length]
+        return tokens, [False] * len(tokens)
     if difficulty != REPEAT:
         return as_document(tokenizer, encoded_rows(rng, tokenizer, difficulty), length)
     period = rng.randint(8, 32)
@@ -166,7 +168,7 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
         example = Example(*task.row(rng))
         text = SNI_LAYOUT.instruction.format(task.definition) + SNI_LAYOUT.example(rng.randint(1, 4), example)
         lines += [line for line in (text + SNI_LAYOUT.head).split("\n") if line]
-    # SentencePiece sees a space before each line. Behind ":" a word is seen as at the start of a line.
+    # SentencePiece sees a space before each line. After ":" a word is seen as at the start of a line.
     starts = [*WORDS, "Input", "Output"]
     starts += [text.split()[0] for text in [*world.WORDINGS.values(), *world.SPOT.values(), *world.SENTENCES, *world.SHORT, *PHRASES]]
     starts += ["Question", "Answer", "Student", "Teacher", "Sentences", "Mapped", "Symbol", "Label", "Target"]
@@ -237,23 +239,26 @@ def document_loss(model: Llama, documents: list[Document]) -> tuple[Tensor, Tens
 
 
 def mean_by_kind(kinds: list[str], right: Tensor) -> dict[str, float]:
-    return {name: 100 * right[[kind == name for kind in kinds]].mean().item() for name in NAMES if name in kinds}
+    return {name: 100 * right[[kind == name for kind in kinds]].mean().item() for name in NAMES[:-1] if name in kinds}
 
 
 Stage = tuple[int, tuple[float, ...], int]  # steps, share of each kind of document, length
-FIRST_ROUND: list[Stage] = [
-    (260, (1, 0, 0, 0, 0, 0, 0), 128),
-    (200, (0.3, 0.7, 0, 0, 0, 0, 0), 128),
-    (300, (0.1, 0.2, 0.7, 0, 0, 0, 0), 192),
-    (300, (0.1, 0.1, 0.3, 0.5, 0, 0, 0), 192),
-    (2600, (0.05, 0.05, 0.1, 0.15, 0.4, 0.15, 0.1), 320),
+ROUNDS: list[list[Stage]] = [  # each with a learning rate that falls anew
+    [
+        (260, (1, 0, 0, 0, 0, 0, 0, 0), 128),
+        (200, (0.3, 0.7, 0, 0, 0, 0, 0, 0), 128),
+        (300, (0.1, 0.2, 0.7, 0, 0, 0, 0, 0), 192),
+        (300, (0.1, 0.1, 0.3, 0.5, 0, 0, 0, 0), 192),
+        (2600, (0.05, 0.05, 0.1, 0.15, 0.4, 0.15, 0.1, 0), 320),
+    ],
+    [(1500, (0, 0.05, 0.05, 0.1, 0.4, 0.1, 0.3, 0), 320)],
+    [(400, (0, 0, 0.03, 0.07, 0.3, 0.1, 0.15, 0.35), 320)],
 ]
-SECOND_ROUND: list[Stage] = [(1500, (0, 0.05, 0.05, 0.1, 0.4, 0.1, 0.3), 320)]
 TOKENS_PER_STEP = 4096
 
 
-def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, stages: list[Stage], log) -> None:
-    optimizers, step = Optimizers(model), 0
+def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, stages: list[Stage]) -> None:
+    optimizers, step, began = Optimizers(model), 0, time.time()
     total = sum(steps for steps, _, _ in stages)
     for steps, shares, length in stages:
         for _ in range(steps):
@@ -265,47 +270,9 @@ def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, stages: list[Stage],
             optimizers.step(min(1.0, (total - step) / (0.4 * total)))
             step += 1
             if step % 25 == 0:
-                log(step, total, loss.item(), mean_by_kind([NAMES[kind] for kind in kinds], right))
-
-
-COMPRESSION_STEPS, ROWS, QUERIES = 1700, 12, 6
-COMPRESSION_SHARES = (0, 0.1, 0.1, 0.1, 0.4, 0.15, 0.15)
-
-
-def compression_batch(rng: random.Random, tokenizer: Tokenizer) -> tuple[Batch, list[Document]]:
-    """Rows of examples with gists, each serving some queries; and the same as documents without gists."""
-    gists = [tokenizer.size + i for i in range(GISTS)]
-    examples, row, prompts, targets, documents = [], [], [], [], []
-    for b, kind in enumerate(rng.choices(range(len(NAMES)), COMPRESSION_SHARES, k=ROWS)):
-        if kind == DEFINITION:
-            rows = definition_rows(rng, tokenizer, 2, QUERIES)
-            shots, queries = rows[:2], rows[2:]
-        else:
-            drawn = encoded_rows(rng, tokenizer, kind)
-            shots, queries = list(islice(drawn, rng.randint(8, 18))), list(islice(drawn, QUERIES))
-        examples.append(as_document(tokenizer, shots, sys.maxsize)[0] + gists)
-        documents.append(as_document(tokenizer, shots + queries[:1], sys.maxsize))
-        for prompt, answer, _ in queries:
-            row.append(b)
-            prompts.append([tokenizer.bos] + prompt)
-            targets.append(answer + [tokenizer.eos])
-    return collate(examples, row, prompts, targets), documents
-
-
-def hyperpretrain(hyper: HyperLlama, tokenizer: Tokenizer, seed: int, log) -> None:
-    """Compression hyperpretraining: one set of weights learns both roles, without LoRA."""
-    optimizers, steps = Optimizers(hyper, 0.5), COMPRESSION_STEPS
-    for step in range(steps):
-        batch, documents = compression_batch(random.Random(f"compress {seed} {step}"), tokenizer)
-        logits = hyper(batch)
-        loss = F.cross_entropy(logits, batch.targets)
-        ordinary, right = document_loss(hyper.model, documents)
-        (loss + 0.5 * ordinary).backward()
-        optimizers.step(min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps)))
-        if (step + 1) % 25 == 0:
-            labels = batch.targets != tokenizer.eos
-            gisted = (logits.argmax(-1) == batch.targets)[labels].float().mean().item()
-            log(step + 1, steps, loss.item(), {"in context": 100 * right.mean().item(), "behind gists": 100 * gisted})
+                shares_right = mean_by_kind([NAMES[kind] for kind in kinds], right)
+                text = ", ".join(f"{name} {share:.0f} %" for name, share in shares_right.items())
+                print(f"{time.time() - began:5.0f} s  step {step}/{total}  loss {loss.item():.2f}  right: {text}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------- the files
@@ -346,7 +313,7 @@ def write_p3(folder: Path, seed: int) -> None:
         (folder / "splits" / f"{name}_tasks.txt").write_text("".join(f"{task}\n" for task in tasks))
     for i, (name, task) in enumerate({**train, **held_out}.items()):
         (folder / name).mkdir()
-        for split, count in (("train", 120), ("validation", 100 if name in held_out else 20)):
+        for split, count in (("train", 60 if name in held_out else 40), ("validation", 60 if name in held_out else 10)):
             rows = [task.row(rng) for _ in range(count)]
             if i % 4 == 0:
                 write_tfrecord(folder / name / f"{split}.tfrecord-00000-of-00001", rows)
@@ -397,58 +364,50 @@ def write_symbol(folder: Path, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
-TEXTS, TEXT_SHARES = 600, (0, 0.4, 0.25, 0.1, 0.25, 0, 0)
+TEXTS = {  # file of 6,000 texts -> share of each of texts.KINDS: easy ones first
+    "1-words.jsonl.gz": (0.4, 0.25, 0.1, 0.25, 0, 0),
+    "2-stories.jsonl.gz": (0.05, 0.1, 0.15, 0.5, 0.1, 0.1),
+}
 
 
-def write_text(folder: Path, tokenizer: Tokenizer, seed: int, texts: int) -> None:
-    """Lists and small stories in which the same words keep going together: what comes before helps."""
+def write_text(folder: Path, seed: int) -> None:
+    """Lists, stories, notes in which the same things keep going together: what comes before helps."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "text.jsonl", "w") as file:
-        for i in range(texts):
-            rng = random.Random(f"text {seed} {i}")
-            (kind,) = rng.choices(range(len(NAMES)), TEXT_SHARES)
-            tokens, _ = document(rng, tokenizer, kind, rng.randint(220, 260))
-            file.write(json.dumps({"text": tokenizer.decode(tokens[1:]).strip()}) + "\n")
+    for name, shares in TEXTS.items():
+        lines = [json.dumps({"text": texts.text(random.Random(f"text {seed} {name} {i}"), shares)}) + "\n" for i in range(6000)]
+        (folder / name).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+
+
+def write_data(out: Path, seed: int) -> None:
+    for name, write in (("P3", write_p3), ("natural-instructions", write_sni), ("symbol", write_symbol), ("text", write_text)):
+        shutil.rmtree(out / name, ignore_errors=True)
+        write(out / name, seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: beside this file)")
-    parser.add_argument("--keep-base", action="store_true", help="keep llama/ and make what comes after it")
+    parser.add_argument("--data-only", action="store_true", help="stop when the data are written")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # two gain little at this size; the same numbers
+    torch.set_num_threads(1)  # another number gives other bits
+    write_data(args.out, args.seed)
+    if args.data_only:
+        return
     base, compressed = args.out / "llama", args.out / "llama-c"
-    data = {name: args.out / name for name in ("P3", "natural-instructions", "symbol", "text")}
-    for folder in (compressed, *data.values(), *([] if args.keep_base else [base])):
+    for folder in (base, compressed):
         shutil.rmtree(folder, ignore_errors=True)
-    compressed.mkdir(parents=True)
-    began = time.time()
-
-    def log(step: int, total: int, loss: float, right: dict[str, float]) -> None:
-        shares = ", ".join(f"{name} {share:.0f} %" for name, share in right.items())
-        print(f"{time.time() - began:5.0f} s  step {step}/{total}  loss {loss:.2f}  right: {shares}", flush=True)
-
-    write_p3(data["P3"], args.seed)
-    write_sni(data["natural-instructions"], args.seed)
-    write_symbol(data["symbol"], args.seed)
-    if not args.keep_base:
-        base.mkdir(parents=True)
-        make_tokenizer(base, random.Random(f"tokenizer {args.seed}"))
-        tokenizer = Tokenizer(base)
-        model = new_model(tokenizer.size, torch.Generator().manual_seed(args.seed))
-        for stages in (FIRST_ROUND, SECOND_ROUND):  # the second with a learning rate that falls anew
-            pretrain(model, tokenizer, args.seed, stages, log)
-        save_checkpoint(base, model.config, dict(model.named_parameters()))
-
-    write_text(data["text"], Tokenizer(base), args.seed, TEXTS)
-    tokenizer, model = Tokenizer(base), load(base).requires_grad_(True)
-    rows = torch.randperm(tokenizer.size, generator=torch.Generator().manual_seed(args.seed))[:GISTS]
-    hyper = HyperLlama(model, model.embed_tokens.weight[rows].detach(), hyper=None, downstream=None)
-    hyperpretrain(hyper, tokenizer, args.seed, log)
-    save_checkpoint(compressed, model.config, dict(model.named_parameters()))
-    save_tensors(compressed / "gists.safetensors", {"gists": hyper.gists}, {})
-    shutil.copy(base / "tokenizer.model", compressed / "tokenizer.model")
+    base.mkdir(parents=True)
+    make_tokenizer(base, random.Random(f"tokenizer {args.seed}"))
+    tokenizer = Tokenizer(base)
+    model = new_model(tokenizer.size, torch.Generator().manual_seed(args.seed))
+    for stages in ROUNDS:
+        pretrain(model, tokenizer, args.seed, stages)
+    save_checkpoint(base, model.config, dict(model.named_parameters()))
+    hyperpretrain = ["--task", "hyperpretrain", "--model", base, "--data", args.out / "text", "--out", compressed]
+    subprocess.run([sys.executable, HERE.parent / "train.py", *hyperpretrain, "--seed", str(args.seed)], check=True)
+    (compressed / "state.safetensors").unlink()  # to go on with the run, and large
+    (compressed / ".hyperllama").unlink()  # nothing overwrites this run
 
 
 if __name__ == "__main__":

@@ -110,28 +110,27 @@ def random_task(rng: random.Random, classes: int) -> Task:
 def p3(rng: random.Random) -> tuple[dict[str, Task], dict[str, Task]]:
     """The miniature's P3: training tasks and held-out tasks by name.
 
-    Training: four datasets for each kind of word and two spotting datasets, in two wordings each.
-    Held out: a new grouping with new labels for each kind, a second one for colours, and a spotting
-    task; two of them have three groups.
+    Training: for each kind of word 20 groupings, each in one wording, and for two of them spotting tasks.
+    Held out: two new groupings with new labels for each kind, half of them in three groups, two more, and
+    two spotting tasks.
     """
     train, held_out = {}, {}
     for kind in KINDS:
-        for group in rng.sample(GROUP_NAMES[:-2], 4):
-            chosen = rng.sample(TRAIN_LABELS, rng.choice((2, 2, 3)))
-            groups = split(rng.sample(KINDS[kind], len(KINDS[kind])), chosen)
-            for wording in rng.sample(list(WORDINGS), 2):
-                train[f"{kind}_{group}_{wording}"] = Task(kind, groups, WORDINGS[wording], group)
-    for kind in ("animal", "food"):
+        for n in range(20):
+            group, wording = GROUP_NAMES[n % (len(GROUP_NAMES) - 2)], rng.choice(list(WORDINGS))
+            labels = rng.sample(TRAIN_LABELS, rng.choice((2, 2, 3)))
+            groups = split(rng.sample(KINDS[kind], len(KINDS[kind])), labels)
+            train[f"{kind}_{group}{n:02}_{wording}"] = Task(kind, groups, WORDINGS[wording], group)
+    for kind in ("animal", "food", "tool"):
         for wording, text in SPOT.items():
             train[f"{kind}_{wording}"] = Task(kind, {}, text)
-    labels = rng.sample(HELDOUT_LABELS, len(HELDOUT_LABELS))
-    for i, kind in enumerate([*KINDS, "colour"]):
-        count = 3 if i in (0, 6) else 2
-        chosen, labels = labels[:count], labels[count:]
-        groups = split(rng.sample(KINDS[kind], len(KINDS[kind])), chosen)
-        group, wording = GROUP_NAMES[-1 - i % 2], list(WORDINGS)[i % 6]
-        held_out[f"{kind}_{group}_{wording}"] = Task(kind, groups, WORDINGS[wording], group)
-    held_out["place_spot"] = Task("place", {}, SPOT["spot"])
+    for i, kind in enumerate([*KINDS, *KINDS, "animal", "place"]):
+        labels = rng.sample(HELDOUT_LABELS, 3 if i % 12 >= 6 else 2)
+        groups = split(rng.sample(KINDS[kind], len(KINDS[kind])), labels)
+        group, wording = GROUP_NAMES[-1 - i % 2], list(WORDINGS)[(i + i // 6) % 6]
+        held_out[f"{kind}_{group}{i:02}_{wording}"] = Task(kind, groups, WORDINGS[wording], group)
+    for kind, wording in (("place", "spot"), ("colour", "spot_first")):
+        held_out[f"{kind}_{wording}"] = Task(kind, {}, SPOT[wording])
     return train, held_out
 
 

@@ -22,29 +22,40 @@ from tools.report import compare, draw_mask, plot, read_results
 
 ALL, SEEDS = Path("runs/reproduce"), (0, 1, 2)
 BASE, C = "--model tiny/llama", "--model tiny/llama-c"  # before and after compression hyperpretraining
+C_FOLDER = Path("tiny/llama-c")  # itself a finished run
+HELP = {  # what the literature since then found to help: options of train.py
+    "": "",
+    "distill": " --distill 1",
+    "reconstruct": " --reconstruct 0.5",
+    "both": " --distill 1 --reconstruct 0.5",
+    "gists every 4": " --gists-every 4",
+    "weighted": " --weight-by-context",
+}
 ROWS = {  # table -> row -> options of train.py, or of eval.py where the model stays untouched ("plain")
     "p3": {
         "HyperLlama": f"--task p3 {BASE}",
         "C": f"--task p3 {C}",
-        "C one step": f"--task p3 {C} --steps 1",  # what is there before training
         "D": f"--task p3 {BASE} --downstream lora",
         "CD": f"--task p3 {C} --downstream lora",
-        "shared": f"--task p3 {BASE} --downstream shared",
         "C shared": f"--task p3 {C} --downstream shared",
-        "C NF4": f"--task p3 {C} --quantize",
         "fine-tuned 0-shot": f"--task p3 {BASE} --method zeroshot",
         "fine-tuned 16-shot": f"--task p3 {BASE} --method fewshot",
     },
     "prefix": {
-        f"{init}": f"--task prefix {C} --batch-size 2 --init {init}" + " --run runs/reproduce/p3/C/seed{seed}" * (init == "hyper")
+        f"{init}": f"--task prefix {C} --init {init}" + " --run runs/reproduce/p3/C/seed{seed}" * (init == "hyper")
         for init in ("hyper", "shared", "random", "reparam", "text", "propagate")
+    },
+    "helps": {
+        f"{start} {name}".strip(): f"--task p3 {model} --measure 0{options}"
+        for start, model in (("HyperLlama", BASE), ("C", C))
+        for name, options in HELP.items()
+        if name
     },
     "sni": {
         "definition": f"--task sni {BASE} --method zeroshot",
         "definition and examples": f"--task sni {BASE} --method fewshot",
         "HyperLlama": f"--task sni {BASE}",
         "C": f"--task sni {C}",
-        "D": f"--task sni {BASE} --downstream lora",
         "I": f"--task sni {BASE} --instruction-downstream",
         "CDI": f"--task sni {C} --downstream lora --instruction-downstream",
         "C fused": f"--task sni {C} --fuse-instruction",
@@ -55,11 +66,8 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "symbol-tuned few-shot": f"--task symbol {BASE} --method fewshot",
         "HyperLlama": f"--task symbol {BASE}",
         "C": f"--task symbol {C}",
-        "D": f"--task symbol {BASE} --downstream lora",
     },
-    "text": {"from the base": f"--task hyperpretrain {BASE}", "from C": f"--task hyperpretrain {C}"},
-    "gists": {f"{n}": f"--task p3 {C} --gists {n} --no-controls --measure 0" for n in (1, 2, 4, 8)}
-    | {"32": f"--task p3 {C} --gists 32 --measure 10"},  # the checkpoint has 16 of its own: these start as words
+    "gists": {f"{n}": f"--task p3 {C} --gists {n} --no-controls --measure 0" for n in (1, 2, 4, 8)},
     "shots": {f"{n}": f"--task p3 {C} --shots {n} --no-controls --measure 0" for n in (1, 2, 4, 8)},
 }
 ORDERS = {  # what the paper finds: the first row above the second
@@ -73,10 +81,9 @@ ORDERS = {  # what the paper finds: the first row above the second
         ("CDI", "HyperLlama"), ("definition and examples", "CDI"),
     ],
     "symbol": [("HyperLlama", "0-shot"), ("few-shot", "HyperLlama"), ("symbol-tuned few-shot", "few-shot")],
-    "text": [],
 }  # fmt: skip
 TITLES = {"p3": "P3", "prefix": "Prefix tuning", "sni": "Super-NaturalInstructions", "symbol": "Symbol tuning"}
-TITLES |= {"text": "Compression hyperpretraining on text"}
+TITLES = {"text": "Compression hyperpretraining on text", **TITLES, "helps": "What helps"}
 WORDS = {
     "p3": """Accuracy, the mean over the held-out prompts, sixteen examples, five draws of them. 0-shot and few-shot columns are the
 untouched model of that row. The paper's numbers (7B): fine-tuned 0-shot 55.4, HyperLlama 55.8, C 56.8, D 57.2, CD 57.2, fine-tuned
@@ -88,8 +95,20 @@ reparametrisation 77.3, hyper 67.3, shared 59.0, random 57.7.""",
 examples" are fine-tuned language models that see these in context. The paper gives an order and no numbers.""",
     "symbol": """Accuracy, the mean over the held-out sets, 20 queries each, four examples per class; each run is the mean of ten draws of
 symbols, formats and examples. The paper gives an order and no numbers.""",
-    "text": """Loss per token on segment C after B, with the gists of A and D. "without" and "A D in full" are the model before
-training; share kept is against these.""",
+    "text": """Loss per token on segment C after B, on held-out text, with the gists of A and D: the run that made `tiny/llama-c`, one
+seed. "without" and "A D in full" are the model before training; share kept is against these. The picture shows P3's held-out tasks
+along the way, answered after the gists of 16 examples: no step is taken on any task.""",
+    "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the divergence from the base's
+answer with all examples in context; reconstruct: 0.5 × the loss of saying the examples again after the gists; gists every 4: four gists
+after every four examples, rather than all at the end; weighted: each target token by what the full context is worth for it. A prefix takes
+the same bytes and operations in each row; what differs is training, see the seconds.""",
+}
+
+
+PICTURES = {
+    "text": ("held-out tasks of P3 during hyperpretraining on text", "hyperpretraining"),
+    "p3": ("held-out tasks of P3 during training, from C", "training"),
+    "prefix": ("accuracy during prefix tuning", "prefix-tuning"),
 }
 
 
@@ -115,7 +134,7 @@ def values(table: str, row: str) -> list[float]:
 def verdicts(table: str) -> list[str]:
     """Whether each of the paper's orders holds here: the difference of the means against the standard deviation of the difference."""
     lines = []
-    for above, below in ORDERS[table]:
+    for above, below in ORDERS.get(table, ()):
         a, b = values(table, above), values(table, below)
         if min(len(a), len(b)) < 2:
             continue
@@ -132,11 +151,15 @@ def write_results(path: Path) -> None:
             "without a prefix, with the gists of another task, with the keys and values of the examples mean-pooled to as many as there are gists,",
             "and with whole examples in as many raw tokens (at least one). Seconds are those of training and evaluation, one thread a run."]  # fmt: skip
     for table, title in TITLES.items():
-        rows = [ALL / table / row.replace(" ", "_") for row in ROWS[table] if values(table, row)]
+        rows = [ALL / table / row.replace(" ", "_") for row in ROWS.get(table, ()) if values(table, row)]
+        if table == "text":
+            rows = [C_FOLDER.parent]
+        if table == "helps":
+            rows = [ALL / "p3" / row for row in ("HyperLlama", "C") if values("p3", row)] + rows
         if rows:
-            text += ["", f"## {title}", "", WORDS[table], "", compare(rows), "", *verdicts(table)]
-            if table == "prefix":
-                text += ["", "![accuracy during prefix tuning](figures/prefix-tuning.png)"]
+            text += ["", f"## {title}", "", WORDS[table], "", compare(rows).replace("| tiny |", "| tiny/llama-c |"), "", *verdicts(table)]
+        if table in PICTURES and rows:
+            text += ["", "![{}](figures/{}.png)".format(*PICTURES[table])]
     path.write_text("\n".join(text) + "\n")
     print(f"written: {path}")
 
@@ -147,8 +170,7 @@ def draw(figures: Path) -> None:
     figures.mkdir(exist_ok=True)
     draw_mask(figures / "mask.png")
     c = [path for path in runs["p3"] if path.parent.name == "C"]
-    words = [path for path in runs["gists"] if path.parent.name == "32"]
-    pictures = {"prefix-tuning": (runs["prefix"], None), "training": (words, None)}
+    pictures = {"prefix-tuning": (runs["prefix"], None), "training": (c, None), "hyperpretraining": ([C_FOLDER], None)}
     pictures |= {"gists": (runs["gists"] + c, "gists"), "shots": (runs["shots"] + c, "shots")}
     for name, (chosen, by) in pictures.items():
         if chosen:
