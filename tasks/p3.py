@@ -25,7 +25,7 @@ METRIC = "accuracy"
 OPTIONS = ("average", "concat", "chain")
 DEFAULTS = {
     "large": {"shots": 16, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
-    "tiny": {"shots": 16, "steps": 300, "measure": 6, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
+    "tiny": {"shots": 16, "steps": 300, "measure": 4, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
 }
 
 

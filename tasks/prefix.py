@@ -26,7 +26,7 @@ OPTIONS = ("init", "run")
 score = p3.score
 DEFAULTS = {
     "large": p3.DEFAULTS["large"] | {"steps": 3000, "lr": 3e-3, "measure": 10, "init": "hyper"},
-    "tiny": p3.DEFAULTS["tiny"] | {"lr": 3e-2, "measure": 10, "init": "hyper"},
+    "tiny": p3.DEFAULTS["tiny"] | {"steps": 100, "batch_size": 2, "lr": 3e-2, "measure": 10, "init": "hyper"},  # a small budget tells starts apart
 }
 MLP_LR = 0.1  # an MLP that makes a prefix learns at this share of the rate of a flat prefix
 INITS = ("hyper", "shared", "random", "reparam", "text", "propagate")

@@ -60,7 +60,7 @@ def test_accumulated_batches_have_the_loss_of_one_batch(tmp_path):
     batch_of = {(0,): parts[0], (1,): parts[1], (0, 1): whole}
     lines, states = [], []
     for accumulate, size in ((2, 1), (1, 2)):
-        args = argparse.Namespace(seed=0, steps=1, accumulate=accumulate, batch_size=size, lr=1e-3, gist_lr=1e-3, save_every=1, optimizer="adamw", lm=0.0)
+        args = argparse.Namespace(seed=0, steps=1, accumulate=accumulate, batch_size=size, lr=1e-3, gist_lr=1e-3, save_every=1, optimizer="adamw", distill=0.0, weight_by_context=False)
         out = tmp_path / str(accumulate)
         out.mkdir()
         training.train(random_hyper(), lambda seed, numbers: batch_of[tuple(numbers)], args, out, False, rank=0, world=1)

@@ -23,33 +23,25 @@ from tools.report import compare, draw_mask, plot, read_results
 ALL, SEEDS = Path("runs/reproduce"), (0, 1, 2)
 BASE, C = "--model tiny/llama", "--model tiny/llama-c"  # before and after compression hyperpretraining
 C_FOLDER = Path("tiny/llama-c")  # itself a finished run
-HELP = {  # what the literature since then found to help: options of train.py
-    "": "",
-    "distill": " --distill 1",
-    "reconstruct": " --reconstruct 0.5",
-    "both": " --distill 1 --reconstruct 0.5",
-    "gists every 4": " --gists-every 4",
-    "weighted": " --weight-by-context",
-}
+HELP = {"distill": "--distill 1", "reconstruct": "--reconstruct 0.5", "both": "--distill 1 --reconstruct 0.5", "gists every 4": "--gists-every 4"}
 ROWS = {  # table -> row -> options of train.py, or of eval.py where the model stays untouched ("plain")
     "p3": {
-        "HyperLlama": f"--task p3 {BASE}",
+        "HyperLlama": f"--task p3 {BASE} --measure 0",
         "C": f"--task p3 {C}",
-        "D": f"--task p3 {BASE} --downstream lora",
-        "CD": f"--task p3 {C} --downstream lora",
-        "C shared": f"--task p3 {C} --downstream shared",
-        "fine-tuned 0-shot": f"--task p3 {BASE} --method zeroshot",
-        "fine-tuned 16-shot": f"--task p3 {BASE} --method fewshot",
+        "D": f"--task p3 {BASE} --downstream lora --measure 0",
+        "CD": f"--task p3 {C} --downstream lora --measure 0",
+        "C shared": f"--task p3 {C} --downstream shared --measure 0",
+        "fine-tuned 0-shot": f"--task p3 {BASE} --method zeroshot --measure 0",
+        "fine-tuned 16-shot": f"--task p3 {BASE} --method fewshot --measure 0",
     },
     "prefix": {
         f"{init}": f"--task prefix {C} --init {init}" + " --run runs/reproduce/p3/C/seed{seed}" * (init == "hyper")
         for init in ("hyper", "shared", "random", "reparam", "text", "propagate")
     },
     "helps": {
-        f"{start} {name}".strip(): f"--task p3 {model} --measure 0{options}"
+        f"{start} {name}": f"--task p3 {model} --measure 0 {options}"
         for start, model in (("HyperLlama", BASE), ("C", C))
         for name, options in HELP.items()
-        if name
     },
     "sni": {
         "definition": f"--task sni {BASE} --method zeroshot",
@@ -100,8 +92,7 @@ seed. "without" and "A D in full" are the model before training; share kept is a
 along the way, answered after the gists of 16 examples: no step is taken on any task.""",
     "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the divergence from the base's
 answer with all examples in context; reconstruct: 0.5 × the loss of saying the examples again after the gists; gists every 4: four gists
-after every four examples, rather than all at the end; weighted: each target token by what the full context is worth for it. A prefix takes
-the same bytes and operations in each row; what differs is training, see the seconds.""",
+after every four examples, rather than all at the end. A prefix takes the same bytes and operations in each row; what differs is training, see the seconds.""",
 }
 
 
