@@ -376,16 +376,18 @@ def spread(draws: list[float]) -> float | None:
 
 
 def result_table(run: Run, held_out: HeldOut, scores: dict[str, list[list[float]]]) -> list[list[str]]:
-    """A row per group, a column per condition; ± over draws of examples."""
+    """A row per group, a column per condition; ± over draws of examples. Where some didn't fit: how many were read, by gists and in context."""
     unit = {"accuracy": "accuracy, %", "rougeL": "ROUGE-L"}[run.task.METRIC]
     unit += f", first {run.args.limit} of each" * bool(run.args.limit)
     read = {name: statistics.fmean(shots[name] for shots in held_out.shots) for name in ("hyper", "fewshot")}
     titles = {name: TITLES[name].format(**vars(run.args) | {"shots": f"{read['fewshot']:.3g}"}) for name in scores}
-    lines = [[unit, "queries", *titles.values()]]
+    short = held_out.left_out["shots left out"] > 0
+    lines = [[unit, "queries", *["examples read"] * short, *titles.values()]]
     for group in [*dict.fromkeys(task.group for task in held_out.tasks), None]:
         chosen = [t for t, task in enumerate(held_out.tasks) if group in (task.group, None)]
         line = ["average" if group is None else group if len(chosen) == 1 else f"{group} ({len(chosen)} tasks)"]
         line.append(f"{sum(held_out.sizes[t] for t in chosen):,}")
+        line += [", ".join(f"{statistics.fmean(held_out.shots[t][name] for t in chosen):.3g}" for name in read)] * short
         for name, values in scores.items():
             line.append(f"{average(run, held_out, values, chosen):.1f}")
             draws = [average(run, held_out, [[v[n]] for v in values], chosen) for n in range(len(values[0]))]

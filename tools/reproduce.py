@@ -30,7 +30,6 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "C": f"--task p3 {C}",
         "D": f"--task p3 {BASE} --downstream lora --measure 0",
         "CD": f"--task p3 {C} --downstream lora --measure 0",
-        "C shared": f"--task p3 {C} --downstream shared --measure 0",
         "fine-tuned 0-shot": f"--task p3 {BASE} --method zeroshot --measure 0",
         "fine-tuned 16-shot": f"--task p3 {BASE} --method fewshot --measure 0",
     },
@@ -50,7 +49,6 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "C": f"--task sni {C}",
         "I": f"--task sni {BASE} --instruction-downstream",
         "CDI": f"--task sni {C} --downstream lora --instruction-downstream",
-        "C fused": f"--task sni {C} --fuse-instruction",
     },
     "symbol": {
         "0-shot": f"plain --task symbol {BASE} --method zeroshot",
