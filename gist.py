@@ -340,8 +340,8 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
     def name(t: int) -> str:
         return f"gist {t - V}" if t >= V else tokenizer.model.id_to_piece(t).replace("<0x0A>", "\\n")
 
-    few, query = HyperLlama(model, own[:3], None), [tokenizer.bos, *tokenizer.encode("fox: ".rstrip())]
-    row = torch.tensor([[tokenizer.bos, *tokenizer.encode("fox: kilo\nowl: east\n"), *few.gist_ids, *query]])
+    few, query = HyperLlama(model, own[:3], None), [tokenizer.bos, *tokenizer.encode("fox\n")]
+    row = torch.tensor([[tokenizer.bos, *tokenizer.encode("fox\nkilo\nowl\neast\n"), *few.gist_ids, *query]])
     print("1. The gist mask. A row is a token that looks, a column a token that it may look at.\n")
     print("position  token")
     for t, see in enumerate(gist_mask(row >= V)[0].tolist()):
@@ -352,7 +352,7 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
     print("whatever stands there can be read later, by a second pass that has nothing else.\n")
 
     pairs = {"fox": "kilo", "owl": "east", "cat": "kilo", "dog": "west", "pig": "east", "duck": "west"}
-    hyper, text = HyperLlama(model, own, None), "".join(f"{word}: {label}\n" for word, label in list(pairs.items()) * 2)
+    hyper, text = HyperLlama(model, own, None), "".join(f"{word}\n{label}\n" for word, label in list(pairs.items()) * 2)
     examples = torch.tensor([[tokenizer.bos, *tokenizer.encode(text), *hyper.gist_ids]])
     G, L = len(own), examples.shape[1]
     gists, late = hyper.compress(examples), hyper.compress(examples, start=torch.zeros(1, dtype=torch.long))
@@ -366,7 +366,7 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
     print(f"   began at 0, so that the gists stand at {L - G} to {L - 1}, and whose second forgot that and began at 0, too.\n")
     print(f"{'question':>10}{'next token':>14}{'joint':>10}{'two passes':>12}{'offset forgotten':>18}   right answer")
     for word, label in pairs.items():
-        tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(f"{word}:")]])
+        tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(f"{word}\n")]])
         with torch.no_grad():
             joint = hyper.joint(torch.cat((examples, tokens), dim=1))[0, -1]
             two, lost = (model(tokens, past=g.past, offset=o)[0][0, -1] for g, o in ((gists, gists.offset), (late, gists.offset * 0)))
