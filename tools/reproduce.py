@@ -23,7 +23,13 @@ from tools.report import compare, draw_mask, plot, read_results
 ALL, SEEDS = Path("runs/reproduce"), (0, 1, 2)
 BASE, C = "--model tiny/llama", "--model tiny/llama-c"  # before and after compression hyperpretraining
 C_FOLDER = Path("tiny/llama-c")  # itself a finished run
-HELP = {"distill": "--distill 1", "reconstruct": "--reconstruct 0.5", "both": "--distill 1 --reconstruct 0.5", "gists every 4": "--gists-every 4"}
+HELPS = {  # what the literature since then found to help
+    "HyperLlama distill": f"{BASE} --distill 1",
+    "C reconstruct": f"{C} --reconstruct 0.5",
+    "HyperLlama both": f"{BASE} --distill 1 --reconstruct 0.5",
+    "C gists every 4": f"{C} --gists-every 4",
+    "C distill": f"{C} --distill 1",
+}
 ROWS = {  # table -> row -> options of train.py, or of eval.py where the model stays untouched ("plain")
     "p3": {
         "HyperLlama": f"--task p3 {BASE} --measure 0",
@@ -37,11 +43,7 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         f"{init}": f"--task prefix {C} --init {init}" + " --run runs/reproduce/p3/C/seed{seed}" * (init == "hyper")
         for init in ("hyper", "shared", "random", "reparam", "text", "propagate")
     },
-    "helps": {
-        f"{start} {name}": f"--task p3 {model} --measure 0 {options}"
-        for start, model in (("HyperLlama", BASE), ("C", C))
-        for name, options in HELP.items()
-    },
+    "helps": {row: f"--task p3 {options} --measure 0" for row, options in HELPS.items()},
     "sni": {
         "definition": f"--task sni {BASE} --method zeroshot",
         "definition and examples": f"--task sni {BASE} --method fewshot",
@@ -164,6 +166,8 @@ def draw(figures: Path) -> None:
     for name, (chosen, by) in pictures.items():
         if chosen:
             plot(chosen, figures / f"{name}.png", by)
+    if c:
+        subprocess.run([sys.executable, "-m", "tools.probe", c[0], "--sets", "3", "--out", figures / "probe.png"], check=True)
 
 
 def main() -> None:
