@@ -454,7 +454,7 @@ def run_training() -> None:
         often = max(1, args.steps // args.measure) if args.measure else args.steps + 1
         return measure(*measuring) if args.measure and (step % often == 0 or step in (1, args.steps)) else {}
 
-    before = main_score(run, held_out) if held_out and rank == 0 else None
+    before = main_score(run, held_out) if held_out and args.measure and rank == 0 else None
     left_out = train_and_save(run, hyper, batches, out, resume, rank, world, measured=measured)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -472,7 +472,8 @@ def run_training() -> None:
         show_answers(run, held_out)
         texts = {"without examples": "zeroshot", "all examples in context": "fewshot"}
         aside = [f"{text} {results['baselines'][name]:.1f}" for text, name in texts.items()]
-        print(" | ".join([f"before {before:.1f} → after {results['average']:.1f}", *aside]))
+        first = f"before {before:.1f} → " if args.measure else ""
+        print(" | ".join([f"{first}after {results['average']:.1f}", *aside]))
 
 
 if __name__ == "__main__":

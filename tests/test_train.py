@@ -52,6 +52,16 @@ def assert_equal(one, other):
 # ----------------------------------------------------------------------------------------- the loop
 
 
+def test_a_run_that_measures_also_says_where_it_began(tmp_path):
+    plain = train(tmp_path / "plain", "--steps", "1")
+    measured = train(tmp_path / "measured", "--steps", "1", "--measure", "1")
+    assert "before" not in plain.stdout and plain.stdout.splitlines()[-1].startswith("after ")
+    before, after = json.loads((tmp_path / "plain" / "results.json").read_text()), json.loads((tmp_path / "measured" / "results.json").read_text())
+    assert before["before"] is None and f"before {after['before']:.1f} → after {after['average']:.1f}" in measured.stdout
+    (first, *_) = [json.loads(line) for line in (tmp_path / "measured" / "log.jsonl").read_text().splitlines()]
+    assert first["step"] == 1 and "score" in first
+
+
 def test_accumulated_batches_have_the_loss_of_one_batch(tmp_path):
     """Two batches in one step = one batch of both: a mean of means would weigh tokens differently."""
     rows = [([1, 5, 6, 50, 51, 52], [1, 7], [8, 9, 2]), ([1, 4, 50, 51, 52], [1, 3, 3], [2])]

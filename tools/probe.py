@@ -88,6 +88,7 @@ def main() -> None:
         for name, values in means.items():
             axes.plot(list(groups), values, marker="o", markersize=3, label=name)
         axes.set(xlabel=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel=f"examples asked back: {TASKS[args.task].METRIC}, %")
     figure.axes[0].legend(frameon=False)
