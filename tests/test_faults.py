@@ -218,7 +218,7 @@ def test_arguments_edited_by_hand_are_held_to_the_rules_of_the_command_line(tmp_
 
 
 def test_a_damaged_state_is_one_line_or_has_its_shapes(tmp_path):
-    args = argparse.Namespace(seed=0, steps=2, accumulate=1, batch_size=1, lr=1e-3, gist_lr=1e-3, save_every=1, optimizer="adamw", lm=0.0)
+    args = argparse.Namespace(seed=0, steps=2, accumulate=1, batch_size=1, lr=1e-3, gist_lr=1e-3, save_every=1, optimizer="adamw", distill=0.0, weight_by_context=False)
     batch = collate([[1, 5, 6, 50, 51, 52]], [0], [[1, 7]], [[8, 9, 2]])
     hyper = random_hyper()
     training.train(hyper, lambda seed, numbers: batch, args, tmp_path, False, rank=0, world=1)
