@@ -17,7 +17,8 @@ from gist import gist_mask
 from llama import InputError, reading
 from tasks import TASKS, Parser, read_args
 
-TEXT_TITLES = {"zeroshot": "without", "fewshot": "A D in full", "other_task": "other text's gists"}
+TEXT_TITLES = {"zeroshot": "without, before", "fewshot": "A D in full, before", "no_prefix": "without, after", "in_full": "A D in full, after"}
+TEXT_TITLES |= {"other_task": "other text's gists"}
 
 
 def read_log(path: Path) -> list[dict]:

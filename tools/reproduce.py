@@ -88,7 +88,8 @@ examples" are fine-tuned language models that see these in context. The paper gi
     "symbol": """Accuracy, the mean over the held-out sets, 20 queries each, four examples per class; each run is the mean of ten draws of
 symbols, formats and examples. The paper gives an order and no numbers.""",
     "text": """Loss per token on segment C after B, on held-out text, with the gists of A and D: the run that made `tiny/llama-c`, one
-seed. "without" and "A D in full" are the model before training; share kept is against these. The picture shows P3's held-out tasks
+seed. Share kept is against the model before training, and exceeds 100 % because training also taught the model this kind of text: the trained
+model's own losses stand beside. The picture shows P3's held-out tasks
 along the way, answered after the gists of 16 examples: no step is taken on any task.""",
     "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the divergence from the base's
 answer with all examples in context; reconstruct: 0.5 × the loss of saying the examples again after the gists; gists every 4: four gists
