@@ -163,7 +163,7 @@ def draw(figures: Path) -> None:
     draw_mask(figures / "mask.png")
     c = [path for path in runs["p3"] if path.parent.name == "C"]
     pictures = {"prefix-tuning": (runs["prefix"], None), "training": (c, None), "hyperpretraining": ([C_FOLDER], None)}
-    pictures |= {"gists": (runs["gists"] + c, "gists"), "shots": (runs["shots"] + c, "shots")}
+    pictures |= {name: (runs[name] and runs[name] + c, name) for name in ("gists", "shots")}
     for name, (chosen, by) in pictures.items():
         if chosen:
             plot(chosen, figures / f"{name}.png", by)
