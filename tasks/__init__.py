@@ -121,7 +121,7 @@ def add_options(parser: Parser) -> None:
     add("--gists-every", type=whole, metavar="N", help="a part of the gists after every N examples (0: all at the end)")
     add("--checkpoint-activations", action="store_true",
         help="compute each layer again for its gradient, rather than keep what it needs: less memory, same bits")  # fmt: skip
-    add("--measure", type=whole, metavar="N", help="score the held-out tasks before training and about N times along the way (miniature: 4, hyperpretrain 7; prefix 10; else never)")
+    add("--measure", type=whole, metavar="N", help="score the held-out tasks before training and about N times along the way (miniature: p3 4, hyperpretrain 7, prefix 10; else never)")
     add("--held-out", metavar="DIR", help="hyperpretrain: P3 folder whose held-out tasks --measure scores (default: the miniature's)")
     add("--save-every", type=positive, metavar="STEPS", help="steps between checkpoints (100)")
     # How to evaluate: these may differ between a run and its later evaluation (EVALUATION).

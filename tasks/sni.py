@@ -27,7 +27,7 @@ METRIC = "rougeL"
 OPTIONS = ("instruction_downstream", "fuse_instruction")
 DEFAULTS = {
     "large": {"shots": 2, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
-    "tiny": {"shots": 2, "steps": 300, "measure": 6, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 1},
+    "tiny": {"shots": 2, "steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 1},
 }
 
 

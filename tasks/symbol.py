@@ -22,7 +22,7 @@ METRIC = "accuracy"
 OPTIONS = ("words",)
 DEFAULTS = {
     "large": {"shots": 4, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 10},
-    "tiny": {"shots": 4, "steps": 300, "measure": 6, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 10, "limit": 20},
+    "tiny": {"shots": 4, "steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 10, "limit": 20},
 }
 
 
