@@ -146,10 +146,12 @@ def write_results(path: Path) -> None:
         rows = [ALL / table / row.replace(" ", "_") for row in ROWS.get(table, ()) if values(table, row)]
         if table == "text":
             rows = [C_FOLDER.parent]
-        if table == "helps":
+        short = [f"{row.name} ({n})" for row in rows if table != "text" and (n := len(values(table, row.name))) < len(SEEDS)]
+        if table == "helps" and rows:
             rows = [ALL / "p3" / row for row in ("HyperLlama", "C") if values("p3", row)] + rows
         if rows:
             text += ["", f"## {title}", "", WORDS[table], "", compare(rows).replace("| tiny |", "| tiny/llama-c |"), "", *verdicts(table)]
+            text += ["", f"Fewer than three seeds: {', '.join(short)}."] if short else []
         if table in PICTURES and rows:
             text += ["", "![{}](figures/{}.png)".format(*PICTURES[table])]
     path.write_text("\n".join(text) + "\n")
