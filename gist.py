@@ -131,14 +131,14 @@ class HyperLlama(nn.Module):
         for part in (batch, *batch.more):
             prefix = {} if gists is None or part.row is None else gists[part.row].before(part.tokens.shape[1])
             logits.append(self.model(part.tokens, **prefix, adapter=self.answerer, select=part.select)[0])
-        return torch.cat(logits)
+        return torch.cat(logits) if batch.more else logits[0]  # (cat copies, and logits are large)
 
     @torch.no_grad()
     def in_full(self, batch) -> Tensor:
         """What the bare base says at the targets with all examples in context: a teacher. [N, V]"""
-        rows = batch.examples.tolist()
-        ends = [max(t for t, token in enumerate(row) if token in self.gist_ids) for row in rows]
-        rows = [[token for token in row[:end] if token < self.gist_ids[0]] for row, end in zip(rows, ends)]
+        V, rows = self.model.config.vocab, batch.examples.tolist()
+        ends = [max(t for t, token in enumerate(row) if token >= V) for row in rows]  # padding follows the last gist
+        rows = [[token for token in row[:end] if token < V] for row, end in zip(rows, ends)]
         prefix = read_rows(self.model, rows)[batch.row].before(batch.tokens.shape[1])
         return self.model(batch.tokens, **prefix, select=batch.select)[0]
 

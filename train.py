@@ -427,8 +427,6 @@ def run_training() -> None:
     rank, world = start_processes()
     if args.batch_size < world:
         raise InputError(f"--batch-size {args.batch_size}: {world} processes need a row each")
-    if world > 1 and hasattr(TASKS[args.task], "shard") and (args.distill or args.weight_by_context):
-        raise InputError("--distill and --weight-by-context of --task hyperpretrain need a single process: its teacher isn't sharded")
     if rank == 0:
         check_folder(out, args, resume, overwrite)
     run = open_run(args)

@@ -43,7 +43,7 @@ COMMON = {  # defaults of all tasks; the others are in tasks/*.py
     "gists_every": 0, "controls": True, "limit": 0, "score": "sum", "eval_batch_size": 16, "average": None, "concat": None, "chain": None,
 }  # fmt: skip
 MOVABLE = {"model", "data", "device", "dtype"}  # the same model may lie elsewhere later
-WAYS = ("average", "concat", "chain")  # to make one prefix of several sets of examples
+WAYS = p3.OPTIONS  # to make one prefix of several sets of examples
 EVALUATION = {"controls", "sets", "limit", "score", "eval_batch_size", *WAYS}
 
 

@@ -35,7 +35,7 @@ def score(answer: str, query: Example) -> float:
 
 def check(args: argparse.Namespace) -> None:
     """InputError for options that don't go together."""
-    if (args.average or args.concat or args.chain) and args.method != "hyper":
+    if any(getattr(args, way) for way in OPTIONS) and args.method != "hyper":
         raise InputError("--average, --concat and --chain belong to --method hyper")
 
 

@@ -7,6 +7,7 @@ predicts B and C after their gists. The result is a checkpoint with gists of its
 import argparse
 import gzip
 import mmap
+import os
 import random
 import shutil
 import statistics
@@ -51,6 +52,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--task hyperpretrain trains all parameters of a hypernetwork: no --quantize, no other --method")
     if args.downstream != "frozen":
         raise InputError(f"--downstream {args.downstream} belongs to a hypernetwork with LoRA sets, not to this run")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.distill or args.weight_by_context):
+        raise InputError("--distill and --weight-by-context of --task hyperpretrain need a single process: its teacher isn't sharded")
 
 
 def build(args: argparse.Namespace) -> HyperLlama:

@@ -45,7 +45,6 @@ HERE = Path(__file__).parent
 # ------------------------------------------------------------------------------------------ documents
 
 LAYOUTS = ["\nInput:\n{x}\nOutput:\n{y}", "\nQ: {x}\nA:\n{y}", "\n{x}\n{y}"]
-PHRASES = ["{w}", "Here is {w}.", "Look at the {w}!", "It is the {w} again.", "I like {w}."]
 NAMES = ("repeat", "word", "phrase", "pair", "sentence", "definition", "topic", "text")  # kinds of documents
 REPEAT, WORD, PHRASE, PAIR, SENTENCE, DEFINITION, TOPIC, TEXT = range(len(NAMES))  # the first five by difficulty
 WORDS = world.LABELS + [word for words in world.KINDS.values() for word in words]
@@ -60,18 +59,15 @@ def lookup_rows(rng: random.Random, difficulty: int) -> Iterator[tuple[str, str,
             yield text, word, word
     classes = rng.choice((2, 2, 3) if difficulty == SENTENCE else (2, 3, 6))
     task = world.random_task(rng, classes)
-    others = [kind for kind in world.KINDS if kind != task.kind]
     while True:
         label = rng.choice(list(task.groups))
         word = rng.choice(task.groups[label])
         if difficulty == SENTENCE:
             text = world.sentence(rng, task.kind, word)
         elif difficulty == PAIR:
-            pair = [word, rng.choice(world.KINDS[rng.choice(others)])]
-            rng.shuffle(pair)
-            text = "The {} and the {}.".format(*pair)
+            text = world.pair(rng, task.kind, word)
         else:
-            text = (PHRASES[0] if difficulty == WORD else rng.choice(PHRASES)).format(w=word)
+            text = (world.PHRASES[0] if difficulty == WORD else rng.choice(world.PHRASES)).format(w=word)
         if difficulty != WORD:
             text = task.ask(text)
         yield text, label, word
@@ -170,7 +166,7 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
         lines += [line for line in (text + SNI_LAYOUT.head).split("\n") if line]
     # SentencePiece sees a space before each line. After ":" a word is seen as at the start of a line.
     starts = [*WORDS, "Input", "Output"]
-    starts += [text.split()[0] for text in [*world.WORDINGS.values(), *world.SPOT.values(), *world.SENTENCES, *world.SHORT, *PHRASES]]
+    starts += [text.split()[0] for text in [*world.WORDINGS.values(), *world.SPOT.values(), *world.SENTENCES, *world.SHORT, *world.PHRASES]]
     starts += ["Question", "Answer", "Student", "Teacher", "Sentences", "Mapped", "Symbol", "Label", "Target"]
     lines += [f":{word} {word}" for word in dict.fromkeys(starts) if "{" not in word] * 300
     model = io.BytesIO()

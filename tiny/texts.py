@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from tiny import world
 
 KINDS = ("words", "phrases", "pairs", "stories", "notes", "catalogues")  # of texts, from easy to hard
-PHRASES = ["{w}", "Here is {w}.", "Look at the {w}!", "It is the {w} again.", "I like {w}."]
 WORDINGS = ["{s} The {k}?", *(world.WORDINGS[name] for name in ("which_gets", "the_n_is", "which_has"))]
 
 Line = tuple[str, str]  # what is said, and what goes with it
@@ -23,18 +22,16 @@ Line = tuple[str, str]  # what is said, and what goes with it
 def grouped(rng: random.Random, kind: str) -> Iterator[Line]:
     """Words of one kind, divided at random into groups; each goes with the label of its group."""
     task = world.random_task(rng, rng.choice((2, 2, 3) if kind == "stories" else (2, 3, 6)))
-    wording, others = rng.choice(WORDINGS), [other for other in world.KINDS if other != task.kind]
+    wording = rng.choice(WORDINGS)
     while True:
         label = rng.choice(list(task.groups))
         word = rng.choice(task.groups[label])
         if kind == "stories":
             said = world.sentence(rng, task.kind, word)
         elif kind == "pairs":
-            pair = [word, rng.choice(world.KINDS[rng.choice(others)])]
-            rng.shuffle(pair)
-            said = "The {} and the {}.".format(*pair)
+            said = world.pair(rng, task.kind, word)
         else:
-            said = rng.choice(PHRASES if kind == "phrases" else PHRASES[:1]).format(w=word)
+            said = rng.choice(world.PHRASES if kind == "phrases" else world.PHRASES[:1]).format(w=word)
         yield said if kind == "words" else wording.format(s=said, k=task.kind, n=task.name), label
 
 

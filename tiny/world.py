@@ -38,6 +38,8 @@ SENTENCES = [
     "There is {food} on the {colour} table.",
 ]
 
+PHRASES = ["{w}", "Here is {w}.", "Look at the {w}!", "It is the {w} again.", "I like {w}."]
+
 WORDINGS = {  # {s} sentence, {k} kind of word that is asked about, {n} what the groups are called
     "which_gets": "{s} Which {n} gets the {k}?",
     "the_n_is": "{s} The {n} of the {k} is",
@@ -70,6 +72,13 @@ def sentence(rng: random.Random, kind: str, word: str) -> str:
     template = rng.choice([t for t in SENTENCES if "{" + kind + "}" in t])
     words = {k: rng.choice(v) for k, v in KINDS.items()}
     return template.format(**words | {kind: word})
+
+
+def pair(rng: random.Random, kind: str, word: str) -> str:
+    """`word` beside one of another kind."""
+    words = [word, rng.choice(KINDS[rng.choice([other for other in KINDS if other != kind])])]
+    rng.shuffle(words)
+    return "The {} and the {}.".format(*words)
 
 
 @dataclass

@@ -41,7 +41,7 @@ def compare(rows: list[Path]) -> str:
             raise InputError(f"{row}: holds no runs with results.json")
         for path in paths:
             with reading(path, "not the results of a run"):
-                results = json.loads(path.read_text())
+                results = read_results(path.parent)
                 training = [line["seconds"] for line in read_log(path.with_name("log.jsonl"))]
                 columns = {"result": results["average"]} | results["baselines"] | results["controls"]
                 columns |= {"share kept, %": results["kept"]} if "kept" in results else {}
