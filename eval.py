@@ -8,6 +8,8 @@ of the examples themselves, or nothing. So one function answers for them all (`r
 says what they are (MAIN, BASELINES, CONTROLS).
 """
 
+import tools  # noqa: F401, I001  first: Ctrl-C is one line even during the imports that follow
+
 import argparse
 import json
 import math
@@ -287,7 +289,7 @@ def prepare(run: Run, tasks: Sequence[Task]) -> HeldOut:
 
 def evaluate(run: Run, held_out: HeldOut) -> tuple[dict, list[list[str]]]:
     """Score everything under every column. Returns what results.json holds, and the lines of the table."""
-    args, tasks, episodes, began = run.args, held_out.tasks, held_out.episodes, time.time()
+    args, tasks, episodes, began = run.args, held_out.tasks, held_out.episodes, time.monotonic()
     table, scores, own, hidden = columns(run, tasks), {}, [], []  # scores: column -> task -> draw
     instructed = any(episode.instruction for task in episodes[0] for episode in task)
     for name, column in table.items():
@@ -322,7 +324,7 @@ def evaluate(run: Run, held_out: HeldOut) -> tuple[dict, list[list[str]]]:
         "shots": {name: statistics.fmean(shots[name] for shots in held_out.shots) for name in ("hyper", "fewshot")},
         "baselines": {name: averages.pop(name) for name in list(averages) if name not in CONTROLS},
         "controls": averages,
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(time.monotonic() - began, 1),
         "args": portable(args),
     }
     return results, lines

@@ -9,6 +9,8 @@ Compression hyperpretraining trains the whole model: its run folder can be used 
 With several processes (torchrun), LoRA runs are data-parallel, and hyperpretraining is sharded by FSDP2.
 """
 
+import tools  # noqa: F401, I001  first: Ctrl-C is one line even during the imports that follow
+
 import argparse
 import fcntl
 import json
@@ -205,7 +207,7 @@ def train(
     with open_log(out, first, rank) as log, tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0) as bar:
         following = draw(batches, args, first, rank, world, device)
         for step in range(first, args.steps):
-            began, batch = time.time(), following
+            began, batch = time.monotonic(), following
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = schedule(step, args.steps) * group["highest_lr"]
             numbers = [sum(len(part.targets) for part in batch), sum(part.read for part in batch), bool(interrupted)]
@@ -225,7 +227,7 @@ def train(
             # The step is queued on the device: the next batch is made while it works, before a number is read.
             following = draw(batches, args, step + 1, rank, world, device)
             loss, norm, (_, read, stop) = loss.item(), norm.item(), totals.tolist()
-            line = log_line(args, out, step, loss, norm, read, max(1e-6, time.time() - began)) | measured(step + 1)
+            line = log_line(args, out, step, loss, norm, read, max(1e-6, time.monotonic() - began)) | measured(step + 1)
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.set_postfix_str(f"loss {loss:.3f}, {line['tokens_per_second']:,} tokens/s", refresh=False)

@@ -228,7 +228,7 @@ def evaluate(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) 
     of the model before hyperpretraining, since training changes the full-context loss as well:
     (without - gists) / (without - in full), where without and in full are the untouched model's.
     """
-    began, now = time.time(), losses(args, hyper, formatter)
+    began, now = time.monotonic(), losses(args, hyper, formatter)
     before = losses(args, build_hyper(args, whole=True).requires_grad_(False), formatter, gists=False)
     kept = 100 * (before["none"] - now["gists"]) / (before["none"] - before["full"])
     lines = [
@@ -245,7 +245,7 @@ def evaluate(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) 
         "baselines": {"zeroshot": before["none"], "fewshot": before["full"]},
         "controls": {"no_prefix": now["none"], "in_full": now["full"], "other_task": now["other"]},
         "kept": kept,
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(time.monotonic() - began, 1),
     }
     return results, lines
 

@@ -228,7 +228,7 @@ def test_a_damaged_state_is_one_line_or_has_its_shapes(tmp_path):
         assert training.load_state(tmp_path, hyper, optimizers, args.steps) == 2
         return all(p.isfinite().all() for p in trainable(hyper).values())
 
-    assert fuzz(tmp_path / "state.safetensors", read, bool, times=100) > 20
+    assert fuzz(tmp_path / "state.safetensors", read, bool) > TIMES // 5
 
 
 @pytest.mark.parametrize("change", [

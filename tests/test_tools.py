@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import threading
 
 import pytest
 import torch
@@ -45,6 +47,16 @@ def test_own_examples_are_compressed_kept_and_answered_after(tmp_path, hypernetw
     assert "made with another run" in refused.strip().splitlines()[-1]
     examples.write_text('{"input": "a"}\n')
     assert "line 1: output" in run(hypernetwork, "--examples", examples, *question, program="answer", status=2).stderr
+
+
+def test_own_examples_may_come_from_a_pipe(tmp_path, hypernetwork):
+    text = "".join(json.dumps({"input": f"The {word} is old.", "output": "kilo"}) + "\n\n" for word in ("fox", "dog"))
+    (tmp_path / "file").write_text(text)
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=[text]).start()
+    question = ["--input", "The fox sleeps.", "--options", "kilo,jade"]
+    piped, file = (run(hypernetwork, "--examples", tmp_path / name, *question, program="answer").stdout for name in ("pipe", "file"))
+    assert piped == file and "2 examples" in file
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -371,6 +371,13 @@ def test_ctrl_c_saves_the_run(tmp_path):
         assert int(file.metadata()["step"]) == len((out / "log.jsonl").read_text().splitlines())
 
 
+@pytest.mark.parametrize("start", [["train.py"], ["eval.py"], ["-m", "tools.answer"]], ids=" ".join)
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, start):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, *start], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode in (130, -signal.SIGINT) and done.stderr == "interrupted\n"  # (a shell says 130 for both)
+
+
 KILLER = """
 import json, os, random, signal, sys, time
 sys.path.insert(0, %r)

@@ -14,9 +14,9 @@ import torch
 from data import PLAIN, Episode, Example, report
 from eval import ask, run_command, score_options, write_answers
 from gist import Gists, load_gists, save_gists
-from llama import InputError
+from llama import InputError, reading
 from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle
-from tasks.rows import JsonLines, as_text
+from tasks.rows import as_text, parse_line
 from tools.export import export
 
 
@@ -34,11 +34,10 @@ def layout(run: Run):
 @torch.no_grad()
 def compress_examples(run: Run, path: Path) -> Gists:
     """The gists of a user's own examples, a .jsonl file with input and output; says what that saves."""
-    rows = JsonLines(path)
-    examples = [
-        Example(*(as_text(row.get(field), f"{rows.where(i)}: {field}") for field in ("input", "output")))
-        for i, row in enumerate(rows)
-    ]
+    with reading(path, "can't be read"):
+        lines = {f"{path}: line {n}": line for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()}
+    rows = {where: parse_line(line, where) for where, line in lines.items()}
+    examples = [Example(*(as_text(row.get(field), f"{where}: {field}") for field in ("input", "output"))) for where, row in rows.items()]
     if not examples:
         raise InputError(f"{path}: holds no examples")
     row = run.formatter.context_row(Episode([], examples, layout(run)), run.hyper.gist_ids)
@@ -76,7 +75,7 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", metavar="RUN", help="folder of a finished run with a hypernetwork")
-    add("--examples", metavar="FILE", help="compress own examples (.jsonl: input, output)")
+    add("--examples", metavar="FILE", help="compress own examples (.jsonl: input, output; a pipe will do)")
     add("--save", metavar="FILE", help="keep their gists (.safetensors)")
     add("--gists", metavar="FILE", help="answer after gists that were kept")
     add("--input", metavar="TEXT", help="what to answer (default: each line of stdin)")
