@@ -8,29 +8,27 @@ of the examples themselves, or nothing. So one function answers for them all (`r
 says what they are (MAIN, BASELINES, CONTROLS).
 """
 
-import tools  # noqa: F401, I001  first: Ctrl-C is one line even during the imports that follow
+from tools import everybodys, print_lines, processes, run_command, start_processes  # isort: skip  first: Ctrl-C during the other imports is one line, too
 
 import argparse
+import hashlib
 import json
 import math
 import os
-import signal
 import statistics
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Episode, Formatter, Row, Task, collate, report
-from gist import Gists, combine, mean_pooled, read_rows
-from llama import InputError, Llama, generate, holes_mask, ragged, read_prompts, reading
-from lora import write_json
+from data import Episode, Formatter, Row, Task, report
+from gist import Gists, combine, mean_pooled, read_rows, trained
+from llama import InputError, Llama, generate, holes_mask, ragged, reading
+from lora import read_lines, write_json
 from tasks import EVALUATION, MAX_NEW_TOKENS, MOVABLE, TASKS, Parser, Run, add_options, open_run, portable, read_args, settle, several
 
 # ------------------------------------------------------------------------------- options, ranked
@@ -43,34 +41,38 @@ def score_options(
 ) -> list[list[float]]:  # fmt: skip
     """Log-probability of each option of each prompt: the sum over its tokens (`mean`: their mean).
 
-    prefix: what comes before each of the N prompts. Each prompt is read once; its options go on
-    from its keys and values.
+    prefix: what comes before each of the N prompts. A row is a prompt and then all its options: each goes on from
+    the end of the prompt, at the same positions, and sees the prompt and itself. So nothing is read twice.
     """
-    past, offset, seen = (prefix.past, prefix.offset, prefix.seen) if prefix else (None, None, None)
-    logits, present, seen, position = read_prompts(model, prompts, past, offset, seen, adapter)
-    first, N, device = logits.float().log_softmax(-1), len(prompts), logits.device  # [N, V]
+    T, device = max(map(row_length, prompts, options)), model.embed_tokens.weight.device
+    rows, branches, places = [], [], []  # of each token: itself, the option that it belongs to (0: the prompt), its position
+    select, at = [], []  # the positions that predict; of each token of an option, the number of its own among them
+    for n, (prompt, choices) in enumerate(zip(prompts, options)):
+        row, branch, place, end = [*prompt], [0] * len(prompt), [*range(len(prompt))], len(select)
+        select.append(n * T + len(prompt) - 1)  # predicts the first token of every option
+        for number, option in enumerate(choices, 1):
+            more = range(len(option) - 1)
+            at += [end, *(len(select) + i for i in more)]
+            select += [n * T + len(row) + i for i in more]
+            row, branch, place = row + [*option[:-1]], branch + [number for _ in more], place + [len(prompt) + i for i in more]
+        rows, branches, places = [*rows, row], [*branches, branch], [*places, place]
+    flat = [option for choices in options for option in choices]
+    targets = torch.tensor([token for option in flat for token in option], device=device)
+    owner = torch.arange(len(flat), device=device).repeat_interleave(torch.tensor([len(option) for option in flat], device=device))
 
-    flat = [(n, option) for n, choices in enumerate(options) for option in choices]
-    row = torch.tensor([n for n, _ in flat], device=device)  # [M]
-    scores = first[row, torch.tensor([option[0] for _, option in flat], device=device)]  # [M]
-
-    longer = [m for m, (_, option) in enumerate(flat) if len(option) > 1]
-    for start in range(0, len(longer), N):  # as many at a time as there are prompts: each brings its own past
-        part = longer[start : start + N]
-        rest = collate(None, part, [flat[m][1][:1] for m in part], [flat[m][1][1:] for m in part]).to(device)
-        own, width = row[rest.row], rest.tokens.shape[1]
-        logits, _ = model(
-            rest.tokens,
-            past=[(k[own], v[own]) for k, v in present],
-            offset=position[own],
-            adapter=adapter,
-            mask=holes_mask(seen[own], width),
-            select=rest.select,
-        )
-        gains = -F.cross_entropy(logits.float(), rest.targets, reduction="none")
-        scores = scores.index_add(0, rest.row[rest.select // width], gains)
-    values = iter(scores.tolist())
+    tokens, branch, place = ragged(rows, device=device), ragged(branches, -1, device), ragged(places, device=device)
+    past, offset, seen = (prefix.past, prefix.offset, prefix.seen) if prefix else (None, torch.zeros_like(place[:, 0]), None)
+    mask = holes_mask(torch.ones(len(rows), past[0][0].shape[2] if past else 0, device=device).bool() if seen is None else seen, T)
+    mask[:, :, -T:] &= (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
+    select, at = torch.tensor(select, device=device), torch.tensor(at, device=device)
+    logits = model(tokens, past=past, offset=offset[:, None] + place, adapter=adapter, mask=mask, select=select)[0].float()
+    gains = logits[at, targets] - logits.logsumexp(-1)[at]  # [M]
+    values = iter(torch.zeros(len(flat), device=device).index_add(0, owner, gains).tolist())
     return [[next(values) / (len(option) if mean else 1) for option in choices] for choices in options]
+
+
+def row_length(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> int:
+    return len(prompt) + sum(len(option) - 1 for option in options)
 
 
 # ------------------------------------------------------------------------------------ what is compared
@@ -86,6 +88,7 @@ class Column:
               None: as --instruction-downstream says
     other     whether the prefix is that of another task
     bos       whether the query begins with a BOS of its own; it has none after examples, which have theirs
+    drawn     whether the prefix depends on which examples were drawn
     """
 
     title: str
@@ -94,6 +97,7 @@ class Column:
     instruct: str | None = None
     other: bool = False
     bos: bool = True
+    drawn: bool = True
 
     def asks(self, run: Run) -> str:
         return self.instruct or ("inside" if run.args.instruction_downstream else "no")
@@ -145,14 +149,14 @@ def pooled(run: Run, episodes: list[Episode], t: int, adapter: str | None) -> Gi
 MAIN = {
     "hyper": Column("hyper", compressed),
     "fewshot": Column("fewshot", in_context, instruct="no", bos=False),
-    "zeroshot": Column("zeroshot", None, instruct="before"),
+    "zeroshot": Column("zeroshot", None, instruct="before", drawn=False),
 }
 BASELINES = {  # the untouched model
-    "zeroshot": Column("0-shot", None, trained=False, instruct="before"),
+    "zeroshot": Column("0-shot", None, trained=False, instruct="before", drawn=False),
     "fewshot": Column("{shots}-shot", in_context, trained=False, instruct="no", bos=False),
 }
 CONTROLS = {  # of a hypernetwork
-    "no_prefix": Column("no prefix", None),
+    "no_prefix": Column("no prefix", None, drawn=False),
     "other_task": Column("other task", compressed, other=True),
     "mean_pooled": Column("mean-pooled", pooled),
     "fewer_shots": Column("fewer shots", fewer, trained=False, instruct="no", bos=False),
@@ -165,7 +169,7 @@ def columns(run: Run, tasks: Sequence[Task]) -> dict[str, Column]:
     """The number itself ("main"), the untouched model, and what a hypernetwork has to be better than."""
     own = getattr(run.task, "prefix_of", None)  # prefix tuning brings prefixes of its own
     if own:
-        return {"main": Column("prefix", own)} | BASELINES
+        return {"main": Column("prefix", own, drawn=False)} | BASELINES
     controls = CONTROLS if run.args.controls and run.args.method == "hyper" else {}
     if len({task.group for task in tasks}) == 1:  # there is no other
         controls = {name: column for name, column in controls.items() if not column.other}
@@ -197,38 +201,47 @@ def score(run: Run, column: Column, episodes: list[Episode], others: list[Episod
     return [run.task.score(answer, query) for answer, query in zip(respond(run, column, episodes, others, t), queries)]
 
 
+def filled(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Numbers of rows that are computed together: alike in length, and at most so many tokens with their padding (at least a row)."""
+    rows: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if rows and (len(rows) + 1) * lengths[i] > most:
+            yield rows
+            rows = []
+        rows.append(i)
+    yield rows
+
+
 @torch.no_grad()
 def respond(run: Run, column: Column, episodes: list[Episode], others: list[Episode], t: int = 0) -> list[str]:
     """The answer to each query of task number t: its best-scored option, or what the model writes.
 
     others: episodes of another task, whose prefix a control takes.
     """
-    size, answers, adapter = run.args.eval_batch_size, [], run.hyper.answerer if column.trained else None
-    instruct = column.asks(run)
-    for start in range(0, len(episodes), size):
-        part = episodes[start : start + size]
-        source = [others[i % len(others)] for i in range(start, start + len(part))] if column.other else part
-        prefix = column.prefix and column.prefix(run, source, t, adapter)
-        queries = [(e, query) for e, episode in enumerate(part) for query in episode.queries]
-        asked = [ask(run.formatter, episode, instruct, column.bos) for episode in part]
-        prompts, options = [p.tokens for ps, _ in asked for p in ps], [choices for _, cs in asked for choices in cs]
-        written = [""] * len(queries)
-        order = sorted(range(len(queries)), key=lambda i: len(prompts[i]))  # alike lengths: little padding
-        for rows in (order[i : i + size] for i in range(0, len(order), size)):
-            before = prefix and prefix[torch.tensor([queries[i][0] for i in rows], device=run.device)]
-            now, given = [queries[i][1] for i in rows], [prompts[i] for i in rows]
-            if now[0].options:
-                scores = score_options(run.hyper.model, given, [options[i] for i in rows], before, adapter, run.args.score == "mean")
-                for query, row in zip(now, scores):
-                    if not all(map(math.isfinite, row)):
-                        raise InputError(f"the scores of {query.input[-80:]!r} aren't finite: the model or its adapters hold NaN or inf")
-                texts = [query.options[row.index(max(row))] for query, row in zip(now, scores)]
+    formatter, most, adapter = run.formatter, run.args.eval_tokens, run.hyper.answerer if column.trained else None
+    sources = [others[i % len(others)] for i in range(len(episodes))] if column.other else episodes
+    answers = [[""] * len(episode.queries) for episode in episodes]
+    for part in filled([len(formatter.context_row(source).tokens) if column.prefix else 0 for source in sources], most):
+        prefix = column.prefix and column.prefix(run, [sources[e] for e in part], t, adapter)
+        before = prefix.past[0][0].shape[2] if prefix else 0
+        asked = {e: ask(formatter, episodes[e], column.asks(run), column.bos) for e in part}
+        queries = [(row, e, q) for row, e in enumerate(part) for q in range(len(episodes[e].queries))]
+        prompts, options = [asked[e][0][q].tokens for _, e, q in queries], [asked[e][1][q] for _, e, q in queries]
+        lengths = [before + (row_length(p, o) if o else len(p) + MAX_NEW_TOKENS) for p, o in zip(prompts, options)]
+        for chosen in filled(lengths, most):
+            own = prefix and prefix[torch.tensor([queries[i][0] for i in chosen], device=run.device)]
+            given, choices = [prompts[i] for i in chosen], [options[i] for i in chosen]
+            if choices[0]:
+                scores = score_options(run.hyper.model, given, choices, own, adapter, run.args.score == "mean")
             else:
-                texts = write_answers(run, part[0], given, before, adapter)
-            for i, text in zip(rows, texts):
-                written[i] = text
-        answers += written
-    return answers
+                texts = write_answers(run, episodes[part[0]], given, own, adapter)
+            for n, i in enumerate(chosen):
+                _, e, q = queries[i]
+                query = episodes[e].queries[q]
+                if choices[0] and not all(map(math.isfinite, scores[n])):
+                    raise InputError(f"the scores of {query.input[-80:]!r} aren't finite: the model or its adapters hold NaN or inf")
+                answers[e][q] = query.options[scores[n].index(max(scores[n]))] if choices[0] else texts[n]
+    return [answer for texts in answers for answer in texts]
 
 
 def write_answers(run: Run, episode: Episode, prompts: list[list[int]], prefix: Gists | None, adapter: str | None) -> list[str]:
@@ -242,6 +255,7 @@ def write_answers(run: Run, episode: Episode, prompts: list[list[int]], prefix: 
 
 # ------------------------------------------------------------------------------------------ the result
 
+UNFINISHED = ".hyperllama-scores"  # files of an evaluation that isn't finished
 Draws = list[list[list[Episode]]]  # draw of examples -> task -> episodes
 
 
@@ -287,24 +301,57 @@ def prepare(run: Run, tasks: Sequence[Task]) -> HeldOut:
     return HeldOut(tasks, episodes, left_out, shots)
 
 
-def evaluate(run: Run, held_out: HeldOut) -> tuple[dict, list[list[str]]]:
+def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int | None = None, out: Path | None = None) -> dict[str, list[list[float]]]:
+    """The mean score: column -> task -> draw. What is asked and answered in the same way is scored once.
+
+    Under torchrun, the work is divided among the processes. out: a folder that keeps what is done until all is, so that
+    an evaluation that was interrupted goes on.
+    """
+    episodes, (rank, world) = held_out.episodes[:draws], processes()
+
+    def read(name: str, t: int, n: int) -> tuple:  # what a column reads: the queries, and what its prefix is made of
+        draw, column = episodes[n], table[name]
+        return [episode.queries for episode in draw[t]], column.drawn and (draw[t], column.other and draw[held_out.other(t)])
+
+    numbers = [(t, n) for t in range(len(held_out.tasks)) for n in range(len(episodes))]
+    first = {name: twin(run, held_out, table, name) for name in table}
+    same = {(name, t, n): (first[name], t, n if n and read(name, t, n) != read(name, t, 0) else 0) for t, n in numbers for name in table}
+    work = list(dict.fromkeys(same.values()))
+    kept = out and f"{UNFINISHED}-{fingerprint(run, held_out)}"
+    found = {tuple(item): score for path in out.glob(f"{kept}-*") for item, score in read_lines(path)} if kept and rank == 0 else {}
+    found = everybodys(found)
+    mine = [item for item in work if item not in found][rank::world]
+    with open(out / f"{kept}-{rank}" if kept else os.devnull, "a") as file, tqdm(desc="evaluating", unit="query", leave=False, disable=rank > 0) as bar:
+        bar.reset(sum(held_out.sizes[t] for _, t, _ in mine))
+        for name, t, n in mine:
+            found[name, t, n] = statistics.fmean(score(run, table[name], episodes[n][t], episodes[n][held_out.other(t)], t))
+            file.write("\n" + json.dumps([[name, t, n], found[name, t, n]]))
+            file.flush()
+            bar.update(held_out.sizes[t])
+    found = everybodys(found)
+    return {name: [[found[same[name, t, n]] for n in range(len(episodes))] for t in range(len(held_out.tasks))] for name in table}
+
+
+def twin(run: Run, held_out: HeldOut, table: dict[str, Column], name: str) -> str:
+    """The first column that asks and answers as this one does."""
+    instructed = any(episode.instruction for task in held_out.episodes[0] for episode in task)
+    return next(other for other in table if table[other].same(run, table[name], instructed))
+
+
+def fingerprint(run: Run, held_out: HeldOut) -> str:
+    """Of all that scores depend on."""
+    digest = hashlib.sha256(repr((sorted(vars(run.args).items()), run.hyper.model.checksum, held_out.episodes)).encode())
+    for tensor in trained(run.hyper).values():
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def evaluate(run: Run, held_out: HeldOut, out: Path | None = None) -> tuple[dict, list[list[str]]]:
     """Score everything under every column. Returns what results.json holds, and the lines of the table."""
     args, tasks, episodes, began = run.args, held_out.tasks, held_out.episodes, time.monotonic()
-    table, scores, own, hidden = columns(run, tasks), {}, [], []  # scores: column -> task -> draw
-    instructed = any(episode.instruction for task in episodes[0] for episode in task)
-    for name, column in table.items():
-        twin = next((other for other in own if column.same(run, table[other], instructed)), None)
-        scores[name] = scores[twin] if twin else [[] for _ in tasks]
-        own += [] if twin else [name]
-        hidden += [name] if twin and name in CONTROLS else []  # no prefix, where it is 0-shot: shown once
-    with tqdm(total=len(own) * sum(held_out.sizes) * len(episodes), desc="evaluating", unit="query", leave=False) as bar:
-        for t, n, name in [(t, n, name) for t in range(len(tasks)) for n in range(len(episodes)) for name in own]:
-            column, draw, first = table[name], episodes[n][t], episodes[0][t]
-            bar.update(held_out.sizes[t])
-            if n and (draw == first or column.prefix is None and draw[0].queries == first[0].queries):
-                scores[name][t].append(scores[name][t][0])  # nothing differs from the first draw
-                continue
-            scores[name][t].append(statistics.fmean(score(run, column, draw, episodes[n][held_out.other(t)], t)))
+    table = columns(run, tasks)
+    scores = score_all(run, held_out, table, out=out)
+    hidden = [name for name in CONTROLS if name in table and twin(run, held_out, table, name) != name]  # no prefix, where it is 0-shot
     if hasattr(run.task, "without_a_model"):
         scores |= run.task.without_a_model(episodes[0])
     lines = result_table(run, held_out, {name: values for name, values in scores.items() if name not in hidden})
@@ -332,12 +379,7 @@ def evaluate(run: Run, held_out: HeldOut) -> tuple[dict, list[list[str]]]:
 
 def main_score(run: Run, held_out: HeldOut) -> float:
     """The average that results.json will hold, of the run as it stands."""
-    column = columns(run, held_out.tasks)["main"]
-    scores = [
-        [statistics.fmean(score(run, column, draw[t], draw[held_out.other(t)], t)) for draw in held_out.episodes]
-        for t in range(len(held_out.tasks))
-    ]
-    return average(run, held_out, scores)
+    return average(run, held_out, score_all(run, held_out, {"main": columns(run, held_out.tasks)["main"]})["main"])
 
 
 def show_answers(run: Run, held_out: HeldOut, count: int = 3) -> None:
@@ -352,12 +394,10 @@ def show_answers(run: Run, held_out: HeldOut, count: int = 3) -> None:
 
 def measure(run: Run, held_out: HeldOut) -> dict:
     """Scores along the way, with the first draw of examples: of the run itself and its controls."""
-    averages, each, first = {}, {}, held_out.episodes[0]
-    for name, column in columns(run, held_out.tasks).items():
-        if name not in BASELINES:  # the untouched model stays as it is
-            each[name] = [statistics.fmean(score(run, column, first[t], first[held_out.other(t)], t)) for t in range(len(first))]
-            averages[name] = round(average(run, held_out, [[value] for value in each[name]]), 2)
-    scores = {task.name: round(value, 2) for task, value in zip(held_out.tasks, each["main"])}
+    table = {name: column for name, column in columns(run, held_out.tasks).items() if name not in BASELINES}  # the untouched model stays as it is
+    each = score_all(run, held_out, table, draws=1)
+    averages = {name: round(average(run, held_out, scores), 2) for name, scores in each.items()}
+    scores = {task.name: round(value, 2) for task, (value,) in zip(held_out.tasks, each["main"])}
     return {"score": averages.pop("main"), "controls": averages, "scores": scores}
 
 
@@ -399,45 +439,7 @@ def result_table(run: Run, held_out: HeldOut, scores: dict[str, list[list[float]
     return lines
 
 
-def print_lines(lines: list[list[str]], total: bool = True) -> None:
-    """A table: a rule under the first line, and above the last if that is a total."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for i, line in enumerate(lines):
-        if i == 1 or total and i == len(lines) - 1:
-            print("-" * (sum(widths) + 2 * len(widths) - 2))
-        print(line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])), sep="  ")
-
-
 # ---------------------------------------------------------------------------------------- the command
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command; a mistake of the user's is one line, with exit status 2 (Ctrl-C and SIGTERM: 130)."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± shows a question mark
-    default = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-        sys.stdout.flush()
-        return
-    except BrokenPipeError:  # whoever reads the output, head for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return
-    except (InputError, OSError) as problem:  # OSError: a full disk, a folder taken away
-        message, status = f"error: {problem}", 2
-    except torch.OutOfMemoryError as problem:
-        advice = "a smaller --batch-size or --eval-batch-size may help"
-        message, status = f"error: out of memory; {advice} ({str(problem).splitlines()[0]})", 2
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    finally:
-        signal.signal(signal.SIGTERM, default)
-    if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # of several processes, one speaks
-        print(message, file=sys.stderr)
-    sys.exit(status)
 
 
 def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path | None, Path]:
@@ -463,12 +465,14 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path | 
 
 def final_results(run: Run, held_out: HeldOut | None, before: float | None, out: Path) -> dict:
     """Evaluate, write results.json, then print the table. before: the average before the first step."""
-    evaluation = evaluate(run, held_out) if held_out else run.task.evaluate(run.args, run.hyper, run.formatter)
-    results, lines = evaluation
-    results |= {"before": before, "args": portable(run.args)}
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", results)  # first of all: what is printed may go nowhere
-    print_lines(lines)
+    results, lines = evaluate(run, held_out, out) if held_out else run.task.evaluate(run.args, run.hyper, run.formatter)
+    results |= {"before": before, "args": portable(run.args)}
+    if processes()[0] == 0:
+        write_json(out / "results.json", results)  # first of all: what is printed may go nowhere
+        for path in out.glob(f"{UNFINISHED}-*"):
+            path.unlink()
+        print_lines(lines)
     return results
 
 
@@ -479,18 +483,19 @@ def score_before(folder: Path, args: argparse.Namespace) -> float | None:
         return None
     with reading(path, "not the results of a run"):
         results = json.loads(path.read_text())
-        same = all(results["args"].get(name) == getattr(args, name) for name in EVALUATION - {"controls", "eval_batch_size"})
+        same = all(results["args"].get(name) == getattr(args, name) for name in EVALUATION - {"controls", "eval_tokens"})
         return results.get("before") if same else None
 
 
 def main() -> None:
     args, folder, out = settings()
+    rank, _ = start_processes()
     if (out / "args.json").exists() and (folder is None or out.resolve() != folder.resolve()):
         raise InputError(f"--out {out}: holds another run, whose results would be replaced")
     run = open_run(args, folder)
     held_out = None if hasattr(run.task, "evaluate") else prepare(run, run.task.load(args, run.formatter, "test"))
     final_results(run, held_out, score_before(folder, args) if folder else None, out)
-    if held_out and report(held_out.left_out):
+    if held_out and report(held_out.left_out) and rank == 0:
         print(report(held_out.left_out))
 
 

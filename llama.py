@@ -274,7 +274,7 @@ class Llama(nn.Module):
 
         tokens   [B, T] ids, or [B, T, D] embeddings
         past     keys and values that came before, for each layer two [B, K, P, hd]; needs `offset`
-        offset   [B] position of the first token of each row (0 when there is no past)
+        offset   [B] position of the first token of each row (0 when there is no past); or [B, T], of every token
         adapter  name of the LoRA set that acts, or {name: gate [B, T, 1]} to let it act in places
         mask     [B, T, P + T] bool, True = may look; default: causal, and the past is seen whole
         select   [N] the positions whose logits are wanted, as indices into B·T (default: every one)
@@ -310,7 +310,7 @@ class Llama(nn.Module):
     def prepare(self, tokens, offset, adapter) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         """Embeddings [B, T, D]; positions [B, T]; the LoRA sets that act, with gates."""
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
-        positions = positions_of(x) if offset is None else positions_of(x) + offset[:, None]
+        positions = positions_of(x) if offset is None else offset if offset.dim() == 2 else positions_of(x) + offset[:, None]
         gates = {adapter: None} if isinstance(adapter, str) else dict(adapter or {})
         for name in gates:  # every set has the first layer's keys
             if name is not None and name not in self.layers[0].self_attn.k_proj.lora:
@@ -459,22 +459,6 @@ def holes_mask(seen: Tensor, T: int) -> Tensor:
     return torch.cat((seen[:, None].expand(-1, T, -1), causal.expand(len(seen), T, T)), dim=2)
 
 
-def read_prompts(
-    model: Llama, prompts: Sequence[Sequence[int]], past: Sequence[KV] | None, offset: Tensor | None, seen: Tensor | None, adapter: Adapter
-) -> tuple[Tensor, list[KV], Tensor, Tensor]:
-    """Read N prompts of unequal length, right-padded. Returns the logits after each, [N, V]; keys and values of past
-    and prompts; which of these are real, [N, P + T], since padding follows a short prompt; the next position [N]."""
-    device = model.embed_tokens.weight.device
-    lengths, tokens = torch.tensor([len(prompt) for prompt in prompts], device=device), ragged(prompts, device=device)
-    N, T = tokens.shape
-    offset = torch.zeros_like(lengths) if offset is None and past is None else offset
-    mask = None if seen is None else holes_mask(seen, T)
-    last = torch.arange(N, device=device) * T + lengths - 1  # each row's last real token
-    logits, present = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=last)
-    seen = torch.ones(N, present[0][0].shape[2] - T, dtype=torch.bool, device=device) if seen is None else seen
-    return logits, present, torch.cat((seen, positions_of(tokens) < lengths[:, None]), dim=1), offset + lengths
-
-
 @torch.no_grad()
 def generate(
     model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int, past: Sequence[KV] | None = None,
@@ -482,7 +466,14 @@ def generate(
 ) -> list[list[int]]:  # fmt: skip
     """Greedy continuation of prompts of unequal length, each as if it were alone. A row ends with EOS or with the tokens of
     `until`; neither is returned. seen [B, P] bool: which of the past is real, where that differs from row to row."""
-    logits, present, seen, position = read_prompts(model, prompts, past, offset, seen, adapter)
+    device = model.embed_tokens.weight.device
+    lengths, tokens = torch.tensor([len(prompt) for prompt in prompts], device=device), ragged(prompts, device=device)
+    B, T = tokens.shape
+    mask, last = None if seen is None else holes_mask(seen, T), torch.arange(B, device=device) * T + lengths - 1
+    logits, present = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=last)
+    seen = torch.ones(B, present[0][0].shape[2] - T, dtype=torch.bool, device=device) if seen is None else seen
+    seen = torch.cat((seen, positions_of(tokens) < lengths[:, None]), dim=1)  # padding follows a short prompt
+    position = lengths if offset is None else offset + lengths
 
     def ending(row: list[int]) -> int:  # how many tokens at its end are no longer part of the answer
         return row[-1:] == [eos] or len(until) * (row[-len(until) :] == [*until])

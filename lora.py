@@ -14,7 +14,8 @@ the base away from the other role.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -125,6 +126,13 @@ def write_json(path: Path, value: dict) -> None:
     except OSError as problem:
         partial.unlink(missing_ok=True)
         raise InputError(f"{path}: can't be written ({problem.strerror})") from None
+
+
+def read_lines(path: Path) -> Iterator:
+    """The values in a file of JSON lines; not those that a killed process left torn."""
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,7 +9,7 @@ Compression hyperpretraining trains the whole model: its run folder can be used 
 With several processes (torchrun), LoRA runs are data-parallel, and hyperpretraining is sharded by FSDP2.
 """
 
-import tools  # noqa: F401, I001  first: Ctrl-C is one line even during the imports that follow
+from tools import processes, run_command, start_processes  # isort: skip  first: Ctrl-C during the other imports is one line, too
 
 import argparse
 import fcntl
@@ -33,10 +33,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import Batch, Formatter, report
-from eval import HeldOut, final_results, main_score, measure, prepare, run_command, show_answers
+from eval import UNFINISHED, HeldOut, final_results, main_score, measure, prepare, show_answers
 from gist import trainable, trained
-from llama import InputError, Tokenizer
-from lora import assign, load_tensors, save_tensors, write_json
+from llama import InputError, Tokenizer, reading
+from lora import assign, load_tensors, read_lines, save_tensors, write_json
 from tasks import PATHS, TASKS, WAYS, Parser, Run, add_options, open_run, portable, read_args, settle
 from tools.report import plot
 
@@ -79,18 +79,6 @@ def default_folder(args: argparse.Namespace) -> str:
 
 
 # ---------------------------------------------------------------------------------- several processes
-
-
-def start_processes() -> tuple[int, int]:
-    """This process's rank, and how many there are: torchrun says so in the environment."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if not {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise InputError("RANK is set without WORLD_SIZE, LOCAL_RANK and MASTER_ADDR: torchrun sets them all")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
 
 
 def add_up(*tensors: Tensor) -> None:
@@ -245,7 +233,7 @@ def train(
 
 
 MARK = ".hyperllama"  # in every folder that we made; only files of these names are ever deleted, and only there
-NAMES = {MARK, "args.json", "log.jsonl", "state.safetensors", "adapters.safetensors", "results.json", "curve.png", "probe.png"}
+NAMES = {MARK, "args.json", "log.jsonl", "state.safetensors", "adapters.safetensors", "results.json", "curve.png", "probe.png", f"{UNFINISHED}-*"}
 NAMES |= {"model.safetensors", "gists.safetensors", "config.json", "tokenizer.model", "shared", *(f"{way}-*" for way in WAYS)}
 
 
@@ -329,15 +317,11 @@ def remove(folder: Path) -> None:
 
 def open_log(out: Path, first: int, rank: int):
     """The log, to append to; without the steps that a killed run logged but didn't save, and without a torn line."""
-    path, kept = out / "log.jsonl", []
-    for line in path.read_bytes().splitlines() if rank == 0 and path.exists() else ():
-        try:
-            kept += [line.decode() + "\n"] if 0 < json.loads(line)["step"] <= first else []
-        except (ValueError, KeyError, TypeError):
-            break
+    path = out / "log.jsonl"
     if rank == 0 and path.exists():
         partial = out / "log.jsonl.partial"
-        partial.write_text("".join(kept))
+        with reading(path, "not the log of a run"):
+            partial.write_text("".join(json.dumps(line) + "\n" for line in read_lines(path) if 0 < line["step"] <= first))
         os.replace(partial, path)
     return open(path if rank == 0 else os.devnull, "a")
 
@@ -404,7 +388,7 @@ def held_out_of_p3(args: argparse.Namespace, hyper: nn.Module) -> tuple[Run, Hel
     """Hyperpretraining is watched on held-out tasks: P3's, answered by the model as it is, after gists of 16 examples."""
     if dist.is_initialized():
         raise InputError("--measure of --task hyperpretrain needs a single process")
-    own = {name: getattr(args, name) for name in ("model", "gists", "seed", "limit", "eval_batch_size")}
+    own = {name: getattr(args, name) for name in ("model", "gists", "seed", "limit", "eval_tokens")}
     probe = settle(own | {"task": "p3", "steps": 0, "sets": 1} | ({"data": args.held_out} if args.held_out else {}))
     run = Run(probe, hyper, Formatter(Tokenizer(args.model), probe.context, probe.query_length))
     return run, prepare(run, run.task.load(probe, run.formatter, "test"))
@@ -454,15 +438,15 @@ def run_training() -> None:
         often = max(1, args.steps // args.measure) if args.measure else args.steps + 1
         return measure(*measuring) if args.measure and (step % often == 0 or step in (1, args.steps)) else {}
 
-    before = main_score(run, held_out) if held_out and args.measure and rank == 0 else None
+    before = main_score(run, held_out) if held_out and args.measure else None
     left_out = train_and_save(run, hyper, batches, out, resume, rank, world, measured=measured)
+    if held_out is None and rank == 0:  # evaluate the checkpoint as it was saved, in bfloat16
+        run.hyper = task.restore(args, out)
+    results = final_results(run, held_out, before, out) if held_out or rank == 0 else {}
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank:
         return
-    if held_out is None:  # evaluate the checkpoint as it was saved, in bfloat16
-        run.hyper = task.restore(args, out)
-    results = final_results(run, held_out, before, out)
     left_out += held_out.left_out if held_out else Counter()
     if report(left_out):
         print(report(left_out))

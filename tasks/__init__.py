@@ -40,11 +40,11 @@ COMMON = {  # defaults of all tasks; the others are in tasks/*.py
     "words": None, "quantize": False, "dtype": None, "device": None, "seed": 0, "downstream": "frozen", "init": None, "run": None,
     "rank": 8, "alpha": 16, "accumulate": 1, "checkpoint_activations": False, "measure": 0, "save_every": 100,
     "optimizer": "adamw", "held_out": None, "lm": 0.0, "in_order": False, "distill": 0.0, "reconstruct": 0.0, "weight_by_context": False,
-    "gists_every": 0, "controls": True, "limit": 0, "score": "sum", "eval_batch_size": 16, "average": None, "concat": None, "chain": None,
+    "gists_every": 0, "controls": True, "limit": 0, "score": "sum", "eval_tokens": 8192, "average": None, "concat": None, "chain": None,
 }  # fmt: skip
 MOVABLE = {"model", "data", "device", "dtype"}  # the same model may lie elsewhere later
 WAYS = p3.OPTIONS  # to make one prefix of several sets of examples
-EVALUATION = {"controls", "sets", "limit", "score", "eval_batch_size", *WAYS}
+EVALUATION = {"controls", "sets", "limit", "score", "eval_tokens", *WAYS}
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,7 +133,7 @@ def add_options(parser: Parser) -> None:
     add("--concat", type=positive, metavar="N", help="p3: the gists of N sets of examples side by side")
     add("--chain", type=positive, metavar="N", help="p3: N sets of examples one after the other, each seeing the gists of those before it")
     add("--score", choices=["sum", "mean"], help="of an option's token log-probabilities (sum)")
-    add("--eval-batch-size", type=positive, help="queries scored at a time (16)")
+    add("--eval-tokens", type=positive, help="tokens in memory at a time when answering, prefixes and padding included (8192)")
 
 
 PATHS = ("model", "data", "run", "words", "held_out")

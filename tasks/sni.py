@@ -7,8 +7,8 @@ all instances (paper, Section 4.2). The paper's I: the definition also in the qu
 import argparse
 import json
 import random
-import string
 import statistics
+import string
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

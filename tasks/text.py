@@ -202,8 +202,9 @@ def losses(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter, gi
     rows_of, G, device = TextBatches(args.data, formatter, hyper.gist_ids), len(hyper.gists), hyper.gists.device
     each: dict[str, list[float]] = {}
     count = min(WINDOWS, args.limit or WINDOWS)
-    for start in tqdm(range(0, count, args.eval_batch_size), desc="evaluating", leave=False):
-        size = min(args.eval_batch_size, count - start)
+    most = max(1, args.eval_tokens // (args.context + args.query_length))
+    for start in tqdm(range(0, count, most), desc="evaluating", leave=False):
+        size = min(most, count - start)
         # One row more: the gists of the next text are the control.
         more = rows_of(args.seed, range(start, start + size + 1), test=True).to(device)
         tokens, width = more.tokens[:size], more.tokens.shape[1]

@@ -24,7 +24,7 @@ import train as training  # noqa: E402
 from gist import HyperLlama  # noqa: E402
 from llama import Config, Linear, Llama, Tokenizer  # noqa: E402
 from lora import add_lora  # noqa: E402
-from tools import answer, cost, export, probe, report  # noqa: E402
+from tools import answer, cost, export, probe, report, run_command  # noqa: E402
 
 REAL_DATA = ROOT.parent / "shared" / "data"  # real P3, S-NI and text files, where they are at hand
 needs_real_data = pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data files are not here")
@@ -153,7 +153,7 @@ def run(*argv, program="train", status=0):
     with mock.patch.object(sys, "argv", [program, *map(str, argv)]):
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
-                evaluation.run_command(MAINS[program])
+                run_command(MAINS[program])
             except SystemExit as stop:
                 ended = stop.code
     done = subprocess.CompletedProcess(argv, ended, stdout.getvalue(), stderr.getvalue())

@@ -13,7 +13,6 @@ from tasks.p3 import Prompt, Split, p3_tasks
 from tasks.sni import LAYOUT as SNI_LAYOUT
 from tiny.make import write_jsonl
 
-
 # ----------------------------------------------------------------------------------- rows of tokens
 
 

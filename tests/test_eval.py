@@ -11,7 +11,7 @@ from conftest import REAL_DATA, ROOT, G, needs_real_data, random_hyper
 
 import eval as evaluation
 from data import Episode, Example
-from eval import HeldOut, average, prepare, print_lines, score_options, settings
+from eval import HeldOut, average, prepare, score_options, settings
 from gist import read_rows, trainable
 from llama import InputError
 from tasks import TASKS, Run, open_run
@@ -19,6 +19,7 @@ from tasks.p3 import Prompt, Split, p3_tasks
 from tasks.sni import rouge_l, sni_tasks
 from tasks.symbol import symbol_tasks
 from tiny.make import write_jsonl
+from tools import print_lines
 from train import parse
 
 PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10, 11, 12, 13]]
@@ -106,7 +107,7 @@ def evaluate(run, tasks):
 def test_order_of_tasks_and_batch_size_change_no_result(capsys):
     tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:3]
     one = evaluate(tiny_run(*FEW), tasks)
-    other = evaluate(tiny_run(*FEW, "--eval-batch-size", 4), tasks[::-1])
+    other = evaluate(tiny_run(*FEW, "--eval-tokens", 100), tasks[::-1])
     for part in ("tasks", "average", "std", "baselines", "controls"):
         assert one[part] == other[part], part
 
@@ -176,8 +177,8 @@ def test_each_symbol_query_has_its_own_prefix(capsys):
     assert table.keys() == {"main", "zeroshot", "fewshot", "no_prefix", "other_task", "mean_pooled", "fewer_shots"}
     for column in table.values():
         values = []
-        for size in (16, 3, 1):
-            run.args.eval_batch_size = size
+        for size in (8192, 300, 1):
+            run.args.eval_tokens = size
             episodes, others = (task.evaluation(0, 0, 4, 7) for task in tasks)
             values.append(evaluation.score(run, column, episodes, others))
         assert values[0] == values[1] == values[2] and len(values[0]) == 7

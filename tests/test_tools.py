@@ -19,7 +19,6 @@ from tools.cost import flops
 from tools.probe import asked_back
 from tools.report import compare, plot
 
-
 # ------------------------------------------------------------------------------------- own examples
 
 

@@ -20,9 +20,9 @@ from conftest import REAL_DATA, ROOT, SHORT, command, needs_real_data, random_hy
 from safetensors import safe_open
 
 import tasks
+import eval as evaluation
 import train as training
 from data import again, collate
-from eval import run_command
 from llama import load
 from lora import load_tensors, save_tensors
 
@@ -272,14 +272,14 @@ PRETRAIN += ["--optimizer", "adamw", "--lr", "3e-3", "--gist-lr", "3e-3"]
 STOP_AFTER_TWO = """
 import os, signal, sys
 sys.path.insert(0, %r)
-import train, eval
+import train, tools
 save = train.save_state
 def save_and_stop(out, hyper, optimizer, step, rank):
     save(out, hyper, optimizer, step, rank)
     if rank == 0:
         os.kill(os.getpid(), signal.SIGINT)  # one process hears Ctrl-C in the step that follows
 train.save_state = save_and_stop
-eval.run_command(train.main)
+tools.run_command(train.main)
 """ % str(ROOT)
 
 
@@ -371,6 +371,32 @@ def test_ctrl_c_saves_the_run(tmp_path):
         assert int(file.metadata()["step"]) == len((out / "log.jsonl").read_text().splitlines())
 
 
+def test_an_interrupted_or_divided_evaluation_has_the_same_numbers(tmp_path, hypernetwork, monkeypatch):
+    asked = [hypernetwork, "--limit", "3", "--sets", "2"]
+    run(*asked, "--out", tmp_path / "whole", program="eval")
+    asks, score = [], evaluation.score
+
+    def some(*args):
+        asks.append(args)
+        if len(asks) == 8:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(evaluation, "score", some)
+    run(*asked, "--out", tmp_path / "cut", program="eval", status=130)
+    with open(next((tmp_path / "cut").glob(".hyperllama-scores-*")), "a") as file:
+        file.write('\n[["main", 0')  # a line that was torn
+    run(*asked, "--out", tmp_path / "cut", program="eval")
+    before = len(asks)
+    run(*asked, "--out", tmp_path / "again", program="eval")
+    assert before - 8 + 7 == len(asks) - before  # what was scored isn't scored again
+    torchrun(2, *asked, "--out", tmp_path / "two", program=ROOT / "eval.py")
+    results = [json.loads((tmp_path / out / "results.json").read_text()) | {"seconds": 0} for out in ("whole", "cut", "two")]
+    results = [result | {"args": result["args"] | {"threads": 0}} for result in results]
+    assert results[0] == results[1] == results[2]
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["results.json"]
+
+
 @pytest.mark.parametrize("start", [["train.py"], ["eval.py"], ["-m", "tools.answer"]], ids=" ".join)
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path, start):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
@@ -383,7 +409,7 @@ import json, os, random, signal, sys, time
 sys.path.insert(0, %r)
 import torch
 torch.set_num_threads(1)
-import eval, train
+import tools, train
 
 def start(argv, resume):
     pid = os.fork()  # a child for each attempt spares the imports
@@ -393,7 +419,7 @@ def start(argv, resume):
         sys.argv = ["train.py", *argv, *(["--resume"] if resume else [])]
         status = 1
         try:
-            eval.run_command(train.main)
+            tools.run_command(train.main)
             status = 0
         except SystemExit as stop:
             status = stop.code

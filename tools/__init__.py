@@ -1,4 +1,7 @@
-"""What is done with a finished run, or with the code: each is a command, python -m tools.NAME."""
+"""How commands begin and end: one line for a mistake, Ctrl-C, several processes, tables.
+
+The modules beside this file do something with a finished run, or with the code: each is a command, python -m tools.NAME.
+"""
 
 import sys
 
@@ -7,4 +10,75 @@ def one_line(kind, problem, trace) -> None:
     print("interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, problem, trace)
 
 
-sys.excepthook = one_line  # for Ctrl-C while torch is imported; from then on, eval.run_command answers it
+sys.excepthook = one_line  # for Ctrl-C while torch is imported; from then on, run_command answers it
+
+import os  # noqa: E402
+import signal  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from llama import InputError  # noqa: E402
+
+
+def start_processes() -> tuple[int, int]:
+    """This process's rank, and how many there are: torchrun says so in the environment."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise InputError("RANK is set without WORLD_SIZE, LOCAL_RANK and MASTER_ADDR: torchrun sets them all")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return processes()
+
+
+def processes() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def everybodys(items: dict) -> dict:
+    """The items of all processes together."""
+    parts = [items] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, items)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; a mistake of the user's is one line, with exit status 2 (Ctrl-C and SIGTERM: 130)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± shows a question mark
+    default = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:  # whoever reads the output, head for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return
+    except (InputError, OSError) as problem:  # OSError: a full disk, a folder taken away
+        message, status = f"error: {problem}", 2
+    except torch.OutOfMemoryError as problem:
+        advice = "a smaller --batch-size or --eval-tokens may help"
+        message, status = f"error: out of memory; {advice} ({str(problem).splitlines()[0]})", 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    finally:
+        signal.signal(signal.SIGTERM, default)
+    if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # of several processes, one speaks
+        print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def print_lines(lines: list[list[str]], total: bool = True) -> None:
+    """A table: a rule under the first line, and above the last if that is a total."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for i, line in enumerate(lines):
+        if i == 1 or total and i == len(lines) - 1:
+            print("-" * (sum(widths) + 2 * len(widths) - 2))
+        print(line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])), sep="  ")

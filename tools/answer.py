@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from data import PLAIN, Episode, Example, report
-from eval import ask, run_command, score_options, write_answers
+from eval import ask, score_options, write_answers
 from gist import Gists, load_gists, save_gists
 from llama import InputError, reading
 from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle
 from tasks.rows import as_text, parse_line
+from tools import run_command
 from tools.export import export
 
 

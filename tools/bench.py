@@ -32,12 +32,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import collate
-from eval import print_lines, run_command, score_options
+from eval import score_options
 from gist import HyperLlama, gist_mask, read_rows
 from llama import Config, InputError, Linear, Llama, generate, load, positions_of
 from lora import NF4Linear, add_lora, save_tensors, write_json
 from tasks import Parser, positive
 from tasks.text import hf_name, write_config
+from tools import print_lines, run_command
 from tools.cost import LLAMA_2_7B, flops
 
 MIDDLE = Config(32000, 1024, 8, 16, 16, 64, 2752, 1e-5, 10000.0, 4096)

@@ -8,9 +8,10 @@ import math
 import statistics
 from pathlib import Path
 
-from eval import ask, print_lines, run_command
+from eval import ask
 from llama import Config, InputError
 from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle
+from tools import print_lines, run_command
 
 TINYLLAMA = Config(32000, 2048, 22, 32, 4, 64, 5632, 1e-5, 10000.0, 2048)
 LLAMA_2_7B = Config(32000, 4096, 32, 32, 32, 128, 11008, 1e-5, 10000.0, 4096)

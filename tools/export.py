@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from eval import run_command
 from gist import trained
 from llama import InputError
 from lora import linears, save_tensors, write_json
 from tasks import Parser, Run, add_places, open_run, read_args, settle
+from tools import run_command
 
 
 def export(run: Run, name: str, folder: Path) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import Episode
-from eval import BASELINES, MAIN, Column, print_lines, run_command, score
+from eval import BASELINES, MAIN, Column, score
 from llama import InputError
 from tasks import TASKS, Parser, Run, add_places, open_run, positive, read_args, settle
+from tools import print_lines, run_command
 from tools.report import write_picture
 
 COLUMNS: dict[str, Column] = {"gists": MAIN["hyper"], "in context": BASELINES["fewshot"]}

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import TITLES, run_command, spread
+from eval import TITLES, spread
 from gist import gist_mask
 from llama import InputError, reading
 from tasks import TASKS, Parser, read_args
+from tools import run_command
 
 TEXT_TITLES = {"zeroshot": "without, before", "fewshot": "A D in full, before", "no_prefix": "without, after", "in_full": "A D in full, after"}
 TEXT_TITLES |= {"other_task": "other text's gists"}

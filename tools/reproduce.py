@@ -15,9 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from eval import run_command
 from llama import InputError
 from tasks import PROJECT, Parser, positive
+from tools import run_command
 from tools.report import compare, draw_mask, plot, read_results
 
 ALL, SEEDS = Path("runs/reproduce"), (0, 1, 2)
