@@ -30,6 +30,7 @@ from gist import Gists, combine, mean_pooled, read_rows, trained
 from llama import InputError, Llama, generate, holes_mask, ragged, reading
 from lora import read_lines, write_json
 from tasks import EVALUATION, MAX_NEW_TOKENS, MOVABLE, TASKS, Parser, Run, add_options, open_run, portable, read_args, settle, several
+from tools.folder import UNFINISHED, check_writable
 
 # ------------------------------------------------------------------------------- options, ranked
 
@@ -113,22 +114,29 @@ class Column:
 @torch.no_grad()
 def compressed(run: Run, episodes: list[Episode], t: int, adapter: str | None) -> Gists:
     """Gists: those of each episode's examples, or (--average, --concat, --chain) of several sets of examples."""
-    args, hyper = run.args, run.hyper
-    way, sets = several(args)
+    hyper, way = run.hyper, several(run.args)[0]
     if way:
         (episode,) = episodes
-        parts = [replace(episode, shots=episode.shots[n::sets]) for n in range(sets)]
-        rows = [run.formatter.context_row(part, hyper.gist_ids).tokens for part in parts]
-        return combine(hyper, rows, way)
+        return combine(hyper, [run.formatter.context_row(piece, hyper.gist_ids).tokens for piece in pieces(run, episode)], way)
     rows = [run.formatter.context_row(episode, hyper.gist_ids) for episode in episodes]
-    kept = torch.tensor([row.lead for row in rows], device=run.device) if args.fuse_instruction else None
+    kept = torch.tensor([row.lead for row in rows], device=run.device) if run.args.fuse_instruction else None
     return hyper.compress(ragged([row.tokens for row in rows], device=run.device), kept=kept)
+
+
+def pieces(run: Run, episode: Episode) -> list[Episode]:
+    """The sets of examples that are compressed one by one."""
+    sets = several(run.args)[1]
+    return [replace(episode, shots=episode.shots[n::sets]) for n in range(sets)]
+
+
+def one_set(run: Run, episode: Episode) -> Episode:
+    """As many examples as without --average and the like: what is read in context."""
+    return replace(episode, shots=episode.shots[: run.args.shots]) if several(run.args)[0] else episode
 
 
 def in_context(run: Run, episodes: list[Episode], t: int, adapter: str | None) -> Gists:
     """All examples as they are: few-shot prompting."""
-    if several(run.args)[0]:  # one set, as without these
-        episodes = [replace(episode, shots=episode.shots[: run.args.shots]) for episode in episodes]
+    episodes = [one_set(run, episode) for episode in episodes]
     rows = [run.formatter.context_row(e, budget=run.args.context - longest(run.formatter, e)).tokens for e in episodes]
     return read_rows(run.hyper.model, rows, adapter)
 
@@ -255,7 +263,6 @@ def write_answers(run: Run, episode: Episode, prompts: list[list[int]], prefix: 
 
 # ------------------------------------------------------------------------------------------ the result
 
-UNFINISHED = ".hyperllama-scores"  # files of an evaluation that isn't finished
 Draws = list[list[list[Episode]]]  # draw of examples -> task -> episodes
 
 
@@ -293,10 +300,11 @@ def prepare(run: Run, tasks: Sequence[Task]) -> HeldOut:
                 if not n:
                     room = args.context - longest(formatter, episode)
                     left_out += sum((prompt.left_out for prompt in ask(formatter, episode, instruct)[0]), Counter())
-                rows = {"hyper": formatter.context_row(episode, run.hyper.gist_ids), "fewshot": formatter.context_row(episode, budget=room)}
-                read.update({name: row.left_out["shots"] - row.left_out["shots left out"] for name, row in rows.items()})
+                hyper = [formatter.context_row(piece, run.hyper.gist_ids).left_out for piece in pieces(run, episode)]
+                rows = {"hyper": sum(hyper, Counter()), "fewshot": formatter.context_row(one_set(run, episode), budget=room).left_out}
+                read.update({name: row["shots"] - row["shots left out"] for name, row in rows.items()})
                 read["episodes"] += 1
-                left_out += rows[args.method].left_out if args.method in rows else Counter()
+                left_out += rows[args.method] if args.method in rows else Counter()
         shots.append({name: read[name] / read["episodes"] for name in ("hyper", "fewshot")})
     return HeldOut(tasks, episodes, left_out, shots)
 
@@ -454,7 +462,8 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path | 
         task = TASKS.get(typed.get("task"))
         if not {"task", "method"} <= typed.keys() or typed["method"] == "hyper" or hasattr(task, "evaluate") or hasattr(task, "start"):
             raise InputError("name a RUN, or a plain Llama: --model DIR --task p3 --method fewshot (or zeroshot)")
-        return settle(typed | {"steps": 0}), None, Path(out or f"runs/eval-{typed['task']}-{typed['method']}")
+        name = f"runs/eval-{typed['task']}-{typed['method']}" + (f"-{Path(typed['model']).resolve().name}" if "model" in typed else "")
+        return settle(typed | {"steps": 0}), None, Path(out or name)
     for name in typed.keys() - EVALUATION - MOVABLE:
         raise InputError(f"--{name.replace('_', '-')}: {folder} was trained with its own, which can't be changed")
     before = {name: value for name, value in read_args(Path(folder)).items() if name not in EVALUATION}
@@ -487,11 +496,22 @@ def score_before(folder: Path, args: argparse.Namespace) -> float | None:
         return results.get("before") if same else None
 
 
+def check_results(out: Path, args: argparse.Namespace, folder: Path | None) -> None:
+    """InputError where results would replace something other than an earlier evaluation of the same."""
+    check_writable(out)
+    path = out / "results.json"
+    if (out / "args.json").exists() and (folder is None or out.resolve() != folder.resolve()):
+        raise InputError(f"--out {out}: holds another run, whose results would be replaced")
+    with reading(path, "would be replaced, and is not a result of ours"):
+        before = json.loads(path.read_text())["args"] if path.exists() else portable(args)
+        if any(before[name] != portable(args)[name] for name in ("task", "method", "model")):
+            raise InputError(f"--out {out}: holds the results of another model or task, which would be replaced")
+
+
 def main() -> None:
     args, folder, out = settings()
     rank, _ = start_processes()
-    if (out / "args.json").exists() and (folder is None or out.resolve() != folder.resolve()):
-        raise InputError(f"--out {out}: holds another run, whose results would be replaced")
+    check_results(out, args, folder)
     run = open_run(args, folder)
     held_out = None if hasattr(run.task, "evaluate") else prepare(run, run.task.load(args, run.formatter, "test"))
     final_results(run, held_out, score_before(folder, args) if folder else None, out)

@@ -213,6 +213,8 @@ ANSWERERS = {"frozen": None, "lora": "downstream", "shared": "hyper"}  # --downs
 
 def device_and_dtype(args: argparse.Namespace, whole: bool = False) -> tuple[str, torch.dtype]:
     """Where to compute and in what. whole: all weights are trained, so they stay float32: bf16 loses small updates."""
+    if whole and args.dtype == "bfloat16":
+        raise InputError("--dtype bfloat16: all parameters are trained, so they are held in float32")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -253,7 +255,10 @@ def first_gists(args: argparse.Namespace, model: Llama, generator: torch.Generat
     own = Path(args.model) / "gists.safetensors"
     if not count or not own.exists():
         return words
-    gists = load_tensors(own)[0].get("gists", words[:0])[:count]
+    gists = load_tensors(own)[0].get("gists", words[:0])
+    if gists.dim() != 2 or not gists.is_floating_point() or not gists.isfinite().all():
+        raise InputError(f"{own}: gists aren't rows of finite numbers")
+    gists = gists[:count]
     if len(gists) < count:
         print(f"{own}: holds {len(gists)} gists, fewer than {count}: these start as words", file=sys.stderr)
         return words
@@ -278,9 +283,19 @@ def load_trained(module: nn.Module, folder: Path) -> nn.Module:
         raise InputError(f"{folder}: this run isn't finished (no {path.name}); train.py with --resume goes on with it")
     tensors, about = load_tensors(path)
     assign(trained(module), tensors, path)
-    if about.get("base") != module.model.checksum:
-        raise InputError(f"{path}: was trained on another model than --model")
+    check_origin(path, about, module)
     return module
+
+
+def origin(module: nn.Module) -> dict[str, str]:
+    """What trained tensors mean nothing without: their base, and (prefix tuning) the tasks."""
+    return {"base": module.model.checksum} | ({"tasks": module.tasks} if hasattr(module, "tasks") else {})
+
+
+def check_origin(path: Path, about: dict[str, str], module: nn.Module) -> None:
+    for key, value in origin(module).items():
+        if about.get(key) != value:
+            raise InputError(f"{path}: was trained on {'another model than --model' if key == 'base' else 'other tasks, or in another order, than --data has'}")
 
 
 def restore(args: argparse.Namespace, folder: Path) -> HyperLlama:
@@ -290,7 +305,7 @@ def restore(args: argparse.Namespace, folder: Path) -> HyperLlama:
 
 def save(hyper: HyperLlama, tensors: dict[str, Tensor], args: argparse.Namespace, out: Path) -> None:
     """What training leaves behind. tensors: those of `trained`, whole."""
-    save_tensors(out / "adapters.safetensors", tensors, {"base": hyper.model.checksum})
+    save_tensors(out / "adapters.safetensors", tensors, origin(hyper))
 
 
 # --------------------------------------------------------------------------------- a prefix as a file
@@ -317,13 +332,14 @@ def load_gists(path: Path, about: dict[str, str], model: Llama) -> Gists:
     names = {f"{i}.{part}" for i in range(c.layers) for part in ("key", "value")}
     if tensors.keys() != names | {"offset"}:
         raise InputError(f"{path}: not a saved prefix of a model of {c.layers} layers")
-    offset, shape = tensors["offset"], (1, c.kv_heads, tensors["0.key"].shape[-2], c.head_size)
+    offset, first = tensors["offset"], tensors["0.key"]
+    shape = (1, c.kv_heads, first.shape[-2] if first.dim() == 4 else 0, c.head_size)
     for name in names:
         x = tensors[name]
-        if x.shape != shape or not x.is_floating_point() or not x.isfinite().all():
+        if not x.numel() or x.shape != shape or not x.is_floating_point() or not x.isfinite().all():
             raise InputError(f"{path}: {name} isn't {list(shape)} finite numbers")
-    if offset.shape != (1,) or offset.dtype != torch.int64 or not 0 < offset.item() < c.max_positions:
-        raise InputError(f"{path}: the offset isn't a position of the model")
+    if offset.shape != (1,) or offset.dtype != torch.int64 or offset.item() != shape[2]:
+        raise InputError(f"{path}: the offset isn't the position after its gists")
     tensors = {name: tensor.to(embedding.device, embedding.dtype) for name, tensor in tensors.items() if name != "offset"}
     return Gists([(tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(c.layers)], offset.to(embedding.device))
 
@@ -379,4 +395,6 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
 
 
 if __name__ == "__main__":
-    demonstrate()
+    from tools import run_command
+
+    run_command(demonstrate)

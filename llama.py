@@ -264,6 +264,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, linear) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
+        self.checksum = ""  # of what was loaded
         self.checkpoint_activations = False  # keep only what goes from layer to layer for backward: less memory, more work
 
     def forward(
@@ -338,7 +339,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
         raise InputError(f"{folder}: its config asks for more parameters than the {size:,} bytes of its weight files can hold")
     with torch.device("meta"):
         model = Llama(config, linear)
-    digest = hashlib.sha256(repr(config).encode())
+    words = tokenizer_of(folder)
+    digest = hashlib.sha256(repr(config).encode() + (words.read_bytes() if words else b""))
     missing = {name: p.shape for name, p in model.named_parameters()}
     read = _read_hf(folder) if (folder / "config.json").exists() else _read_meta(folder, config, dict(missing))
     with reading(folder, "unreadable weights"):
@@ -416,16 +418,18 @@ def _read_meta(folder: Path, config: Config, shapes: dict[str, torch.Size]) -> I
 # ------------------------------------------------------------------------------ tokenizer, generation
 
 
+def tokenizer_of(folder: Path) -> Path | None:
+    """tokenizer.model in the folder, or beside it (as Meta ships it)."""
+    return next((path for p in (folder, folder.absolute().parent) if (path := p / "tokenizer.model").is_file()), None)
+
+
 class Tokenizer:
     """Llama's SentencePiece model. Text is encoded as it would be in the middle of a document."""
 
     def __init__(self, folder: str | Path):
-        """Reads tokenizer.model in the folder, or beside it (as Meta ships it)."""
-        folder = Path(folder)
-        path = next((p for p in (folder, folder.absolute().parent) if (p / "tokenizer.model").is_file()), None)
-        if path is None:
+        self.path = tokenizer_of(Path(folder))
+        if self.path is None:
             raise InputError(f"{folder}: no tokenizer.model (a SentencePiece tokenizer is needed)")
-        self.path = path / "tokenizer.model"
         with reading(self.path, "not a SentencePiece model of Llama's kind"):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             self.size, self.bos, self.eos = len(self.model), self.model.bos_id(), self.model.eos_id()
@@ -480,7 +484,9 @@ def generate(
 
     rows: list[list[int]] = [[] for _ in prompts]
     for n in range(max_new_tokens):
-        token = logits.argmax(-1)  # [B]
+        highest, token = logits.max(-1)  # [B]
+        if not highest.isfinite().all():
+            raise InputError("the model's logits aren't finite: it or its adapters hold NaN or inf")
         for row, t in zip(rows, token.tolist()):
             if not ending(row):
                 row.append(t)

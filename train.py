@@ -9,21 +9,18 @@ Compression hyperpretraining trains the whole model: its run folder can be used 
 With several processes (torchrun), LoRA runs are data-parallel, and hyperpretraining is sharded by FSDP2.
 """
 
-from tools import processes, run_command, start_processes  # isort: skip  first: Ctrl-C during the other imports is one line, too
+from tools import run_command, start_processes  # isort: skip  first: Ctrl-C during the other imports is one line, too
 
 import argparse
-import fcntl
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -33,11 +30,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import Batch, Formatter, report
-from eval import UNFINISHED, HeldOut, final_results, main_score, measure, prepare, show_answers
-from gist import trainable, trained
+from eval import HeldOut, final_results, main_score, measure, prepare, show_answers
+from gist import check_origin, origin, trainable, trained
 from llama import InputError, Tokenizer, reading
-from lora import assign, load_tensors, read_lines, save_tensors, write_json
-from tasks import PATHS, TASKS, WAYS, Parser, Run, add_options, open_run, portable, read_args, settle
+from lora import assign, load_tensors, read_lines, save_tensors
+from tasks import TASKS, Parser, Run, add_options, open_run, read_args, settle
+from tools.folder import check_folder, close_folders, open_folder, remove_replaced
 from tools.report import plot
 
 BETAS, WARM_UP, MAX_NORM = (0.9, 0.99), 0.1, 1.0  # Adam; share of the steps; of the gradient
@@ -119,6 +117,8 @@ def make_optimizers(hyper: nn.Module, args: argparse.Namespace) -> list[torch.op
     rest = {"params": rest, "highest_lr": args.gist_lr}
     if not muon:
         return [torch.optim.AdamW([main, rest], args.lr, BETAS, weight_decay=0.0, fused=True)]
+    if not main["params"]:
+        raise InputError("--optimizer muon is for matrices of layers, and this run trains none")
     if not hasattr(torch.optim, "Muon") or isinstance(main["params"][0], DTensor):
         raise InputError("--optimizer muon needs torch 2.9 or later and a single process; --optimizer adamw has no such needs")
     return [torch.optim.Muon([main], args.lr, weight_decay=0.1, adjust_lr_fn="original"),
@@ -181,7 +181,7 @@ def train(
     hyper: nn.Module, batches: Callable, args: argparse.Namespace, out: Path, resume: bool, rank: int, world: int,
     measured: Callable[[int], dict] = lambda step: {},
 ) -> Counter[str]:  # fmt: skip
-    """All steps from where the run stands; returns what didn't fit. Ctrl-C ends it after a whole step, saved.
+    """All steps from where the run stands; returns what didn't fit. Ctrl-C (or SIGTERM) ends it after a whole step, saved.
 
     The loss is the sum over target tokens divided by their number in the whole step, over all its
     batches and processes: a mean of means would give tokens of short batches more weight.
@@ -190,7 +190,7 @@ def train(
     device, sharded = parameters[0].device, isinstance(parameters[0], DTensor)
     first = load_state(out, hyper, optimizers, args.steps) if resume else 0
     left_out, interrupted = Counter(), []
-    default = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    default = {kind: signal.signal(kind, lambda *_: interrupted.append(True)) for kind in (signal.SIGINT, signal.SIGTERM)}
 
     with open_log(out, first, rank) as log, tqdm(total=args.steps, initial=first, desc="training", disable=rank > 0) as bar:
         following = draw(batches, args, first, rank, world, device)
@@ -225,94 +225,12 @@ def train(
                 save_state(out, hyper, optimizers, step + 1, rank)
             if stop:
                 raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, default)
+    for kind, handler in default.items():
+        signal.signal(kind, handler)
     return left_out
 
 
-# -------------------------------------------------------------------------------- the folder of a run
-
-
-MARK = ".hyperllama"  # in every folder that we made; only files of these names are ever deleted, and only there
-NAMES = {MARK, "args.json", "log.jsonl", "state.safetensors", "adapters.safetensors", "results.json", "curve.png", "probe.png", f"{UNFINISHED}-*"}
-NAMES |= {"model.safetensors", "gists.safetensors", "config.json", "tokenizer.model", "shared", *(f"{way}-*" for way in WAYS)}
-
-
-def ours(path: Path) -> bool:
-    return any(path.match(name) or path.match(f"{name}.partial") for name in NAMES)
-
-
-def check_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bool) -> None:
-    """Whether a run may write here, and go on with or replace what is there. Changes nothing."""
-    if resume:
-        before = read_args(out)
-        for name, value in vars(args).items():
-            if before.get(name) != value and name != "threads":
-                raise InputError(f"{out}: --resume with {name} = {value}, but the run has {before.get(name)}")
-    place = out.resolve()
-    for name in PATHS:
-        other = Path(getattr(args, name) or os.devnull)
-        if place == other or place in other.parents or other in place.parents:
-            raise InputError(f"--out {out}: lies in, around or at --{name.replace('_', '-')} {other}")
-    nearest = next(path for path in (place, *place.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: can't be used as a run folder ({nearest} is {'not writable' if nearest.is_dir() else 'a file'})")
-    if not resume and out.exists() and any(out.iterdir()):
-        if not (out / MARK).exists() or not all(map(ours, out.iterdir())):
-            raise InputError(f"{out}: holds something that no run of ours wrote, so it isn't used; --out names another folder")
-        if not overwrite:
-            state = "a finished run" if (out / "results.json").exists() else "an unfinished run (--resume goes on with it)"
-            raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
-
-
-def open_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, and hold it until this process ends. A run that is there is set aside, or gone on with."""
-    aside = out.with_name(out.name + ".replaced")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock(out)
-    bring_back(out)
-    check_folder(out, args, resume, overwrite)  # again: another run may have ended here in the meantime
-    if not resume and out.exists() and any(out.iterdir()):
-        remove(aside)
-        out.rename(aside)
-    out.mkdir(exist_ok=True)
-    (out / MARK).touch()
-    for path in out.glob("*.partial"):  # of a save that was killed
-        path.unlink()
-    write_json(out / "args.json", portable(args))
-
-
-def bring_back(out: Path) -> None:
-    """The run that was to be replaced, where the new one ended before it saved anything."""
-    aside = out.with_name(out.name + ".replaced")
-    if (aside / MARK).exists() and not (out / "state.safetensors").exists():
-        if out.exists():
-            remove(out)
-        aside.rename(out)
-
-
-def lock(out: Path) -> None:
-    """A second run in the same folder is refused, as long as this process lives. The lock lies beside the folder."""
-    path = out.with_name(f".{out.name}.lock")
-    while out not in LOCKS:
-        file = open(path, "a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{out}: another run is writing here") from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):  # not one that was just removed
-            LOCKS[out] = file
-
-
-LOCKS: dict[Path, IO] = {}  # run folders of this process, and the files that lock them
-
-
-def remove(folder: Path) -> None:
-    """Delete a run that we made: its known files, and the folder if nothing else is in it."""
-    for path in folder.iterdir() if (folder / MARK).exists() else ():
-        if ours(path):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
+# -------------------------------------------------------------------------------- the log and the state
 
 
 def open_log(out: Path, first: int, rank: int):
@@ -343,11 +261,13 @@ def save_state(out: Path, hyper: nn.Module, optimizers: list[torch.optim.Optimiz
         parts = {name: parameter} | {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in names}
         for key, part in parts.items():
             part = whole(part.detach())
+            if not part.isfinite().all():
+                raise InputError(f"{out}: {key} isn't finite after step {step}; the last good checkpoint is kept")
             if rank == 0:
                 tensors[key] = part.cpu()
     if rank == 0:
-        save_tensors(out / "state.safetensors", tensors, {"step": str(step)})
-        remove(out.with_name(out.name + ".replaced"))  # the run that this one replaces
+        save_tensors(out / "state.safetensors", tensors, {"step": str(step)} | origin(hyper))
+        remove_replaced(out)
 
 
 def load_state(out: Path, hyper: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int) -> int:
@@ -357,9 +277,11 @@ def load_state(out: Path, hyper: nn.Module, optimizers: list[torch.optim.Optimiz
         return 0
     tensors, about = load_tensors(path)
     parameters, kept = trainable(hyper), moments(optimizers)
-    step = int(about["step"]) if about.get("step", "").isdecimal() else -1
+    number = about.get("step", "")
+    step = int(number) if number.isdecimal() and len(number) < 10 else -1
     if not 0 < step <= steps:
-        raise InputError(f"{path}: step {about.get('step')} is not one of the run's {steps}")
+        raise InputError(f"{path}: step {number[:20]} is not one of the run's {steps}")
+    check_origin(path, about, hyper)
     for name, parameter in parameters.items():
         optimizer, names = kept[parameter]
         for key in (name, *(f"{moment}.{name}" for moment in names)):  # the kernels that use them don't look at shapes
@@ -395,17 +317,12 @@ def held_out_of_p3(args: argparse.Namespace, hyper: nn.Module) -> tuple[Run, Hel
 
 
 def main() -> None:
+    failed = True
     try:
         run_training()
-    except BaseException:
-        for out in LOCKS:
-            bring_back(out)
-        raise
+        failed = False
     finally:
-        while LOCKS:
-            file = LOCKS.popitem()[1]
-            Path(file.name).unlink(missing_ok=True)
-            file.close()
+        close_folders(failed)
 
 
 def run_training() -> None:

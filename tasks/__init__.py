@@ -3,7 +3,7 @@
 A data set of one's own: a module beside these with the names that tasks/p3.py has, and a line in TASKS.
 
     FOLDER, MODEL, METRIC, DEFAULTS  where the miniature's files lie; the metric; options by size of model
-    OPTIONS                          those that only this task has
+    OPTIONS                          those that only this task has (WITHOUT, optional: those that mean nothing to it)
     check(args)                      InputError for options that don't go together
     score(answer, query)             percent
     build(args), restore(args, RUN)  the model at the start of a run; as a finished run left it
@@ -64,6 +64,12 @@ def whole(text: str, least: int = 0) -> int:
     return int(text)
 
 
+def path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return text
+
+
 def positive(text: str) -> int:
     return whole(text, 1)
 
@@ -78,8 +84,8 @@ def number(text: str) -> float:
 def add_places(parser: Parser) -> None:
     """What may differ later from what a run was made with (MOVABLE)."""
     add = parser.add_argument
-    add("--model", metavar="DIR", help="checkpoint: a Hugging Face or Meta folder (default: a tiny one)")
-    add("--data", metavar="DIR", help="the task's data (default: the miniature's)")
+    add("--model", type=path, metavar="DIR", help="checkpoint: a Hugging Face or Meta folder (default: a tiny one)")
+    add("--data", type=path, metavar="DIR", help="the task's data (default: the miniature's)")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
     add("--device", help="default: cuda where there is one, else cpu")
 
@@ -97,14 +103,14 @@ def add_options(parser: Parser) -> None:
     add("--instruction-downstream", action="store_true", help="sni: the definition also in the query (the paper's I)")
     add("--fuse-instruction", action="store_true",
         help="sni: the definition's own keys and values stay in the prefix beside the gists (HINT)")  # fmt: skip
-    add("--words", metavar="FILE", help="symbol: words to use as labels (default: the tokenizer's whole words)")
+    add("--words", type=path, metavar="FILE", help="symbol: words to use as labels (default: the tokenizer's whole words)")
     add("--quantize", action="store_true", help="hold the base in NF4")
     add("--seed", type=whole)
     add("--downstream", choices=["frozen", "lora", "shared"], help="the model that answers: frozen; "
         "with a LoRA set of its own (the paper's D); with the hypernetwork's set (Mu et al.'s gisting)")  # fmt: skip
     add("--init", choices=prefix.INITS, help="prefix: what a prefix starts from: gists of --run; a prefix tuned on the training "
         "tasks; random numbers; an MLP; the examples' first tokens; slots that pass through the layers")  # fmt: skip
-    add("--run", metavar="DIR", help="a finished run to start from (--init hyper: its hypernetwork)")
+    add("--run", type=path, metavar="DIR", help="a finished run to start from (--init hyper: its hypernetwork)")
     add("--rank", type=positive, help="LoRA rank (8)")
     add("--alpha", type=number, help="LoRA scale (16)")
     add("--steps", type=positive, help="optimizer steps")
@@ -112,7 +118,7 @@ def add_options(parser: Parser) -> None:
     add("--accumulate", type=positive, help="batches in a step (1)")
     add("--lr", type=number, help="highest learning rate of the LoRA sets (hyperpretrain: of the model)")
     add("--gist-lr", type=number, help="highest learning rate of the gist embeddings")
-    add("--optimizer", choices=["adamw", "muon"], help="hyperpretrain: AdamW, or Muon for the layers' matrices (the rest: AdamW at --gist-lr)")
+    add("--optimizer", choices=["adamw", "muon"], help="AdamW, or Muon for the layers' matrices (the rest: AdamW at --gist-lr)")
     add("--lm", type=number, metavar="WEIGHT", help="hyperpretrain: of ordinary language modelling on the same text, added to the loss")
     add("--in-order", action=argparse.BooleanOptionalAction, help="hyperpretrain: read the files of text one after the other, by name")
     add("--distill", type=number, metavar="WEIGHT", help="add to the loss how far answers after gists are from the base's with all examples in context")
@@ -122,7 +128,7 @@ def add_options(parser: Parser) -> None:
     add("--checkpoint-activations", action="store_true",
         help="compute each layer again for its gradient, rather than keep what it needs: less memory, same bits")  # fmt: skip
     add("--measure", type=whole, metavar="N", help="score the held-out tasks before training and about N times along the way (miniature: p3 4, hyperpretrain 7, prefix 10; else never)")
-    add("--held-out", metavar="DIR", help="hyperpretrain: P3 folder whose held-out tasks --measure scores (default: the miniature's)")
+    add("--held-out", type=path, metavar="DIR", help="hyperpretrain: P3 folder whose held-out tasks --measure scores (default: the miniature's)")
     add("--save-every", type=positive, metavar="STEPS", help="steps between checkpoints (100)")
     # How to evaluate: these may differ between a run and its later evaluation (EVALUATION).
     add("--controls", action=argparse.BooleanOptionalAction,
@@ -152,6 +158,8 @@ def settle(typed: dict, run: dict | None = None) -> argparse.Namespace:
             moved = "" if name in typed else f", which this run was made with; --{name} says where it is now"
             raise InputError(f"{own[name]}: no such folder{moved}")
     size = "tiny" if read_config(Path((folders | own)["model"])).width < TINY_WIDTH else "large"
+    for name in typed.keys() & set(getattr(task, "WITHOUT", ())):
+        raise InputError(f"--{name.replace('_', '-')} has no meaning for --task {own['task']}")
     args = argparse.Namespace(**COMMON | folders | task.DEFAULTS[size] | own)
     args.threads = torch.get_num_threads()  # with another number, sums are rounded in another order
     check_options(args, task)
@@ -192,8 +200,11 @@ def check_options(args: argparse.Namespace, task: ModuleType) -> None:
 
 def check_values(args: dict, folder: Path) -> None:
     """InputError where a file of arguments holds what the command line would refuse."""
-    argv = []
+    argv, usual = [], COMMON | TASKS.get(str(args["task"]), p3).DEFAULTS["tiny"]
     for name, value in args.items():
+        default = usual.get(name, "")  # (task, model and data have none)
+        if value is None and default is not None or value is False and not isinstance(default, bool):
+            raise InputError(f"{folder / 'args.json'}: {name} = {value!r} is not an option's value")
         option = "--" + name.replace("_", "-")
         argv += [option] * (value is True) + ([option, str(value)] if isinstance(value, (int, float, str)) and not isinstance(value, bool) else [])
         if not isinstance(value, (bool, int, float, str, type(None))):

@@ -65,7 +65,10 @@ def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list[p3.
 def build(args: argparse.Namespace) -> "SoftPrefix":
     generator = torch.Generator().manual_seed(args.seed)
     kind = args.init if args.init in ("reparam", "propagate") else "flat"
-    return SoftPrefix(load_base(args), len(load(args, None, "test")), args.gists, kind, generator)
+    tasks = load(args, None, "test")
+    prefix = SoftPrefix(load_base(args), len(tasks), args.gists, kind, generator)
+    prefix.tasks = " ".join(task.name for task in tasks)  # a prefix belongs to its task
+    return prefix
 
 
 def restore(args: argparse.Namespace, folder: Path) -> "SoftPrefix":

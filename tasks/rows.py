@@ -8,6 +8,7 @@ import mmap
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -79,29 +80,37 @@ class TFRecords(Sequence):
 
 
 class Parquet(Sequence):
-    """A .parquet file, by row; one row group at a time is in memory. Needs pyarrow."""
+    """A .parquet file, by row. Needs pyarrow. It isn't kept open: real P3 has hundreds of files."""
 
     def __init__(self, path: Path):
-        try:
-            from pyarrow.parquet import ParquetFile
-        except ImportError:
-            raise InputError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
         self.path = path
-        with reading(path, "not a parquet file"):
-            self.file = ParquetFile(path, memory_map=True, page_checksum_verification=True)
-        groups = range(self.file.num_row_groups)
-        self.ends = np.cumsum([self.file.metadata.row_group(g).num_rows for g in groups])
-        self.group, self.rows = -1, []
+        with reading(path, "not a parquet file"), open_parquet(path) as file:
+            sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        self.ends = np.cumsum([0, *sizes])[1:]
 
     def __len__(self) -> int:
-        return self.file.metadata.num_rows
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, i: int) -> dict:
         group = int(np.searchsorted(self.ends, i, side="right"))
-        if group != self.group:
-            with reading(f"{self.path}: row group {group + 1}", "can't be read"):
-                self.group, self.rows = group, self.file.read_row_group(group).to_pylist()
-        return self.rows[i - int(self.ends[group])]  # counted from the group's end: negative
+        with reading(f"{self.path}: row group {group + 1}", "can't be read"):
+            rows = row_group(self.path, group)
+            return rows.slice(i - int(self.ends[group]) + len(rows), 1).to_pylist()[0]
+
+
+def open_parquet(path: Path):
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise InputError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+    return ParquetFile(path, memory_map=True, page_checksum_verification=True)
+
+
+@lru_cache(32)
+def row_group(path: Path, group: int):
+    """A table of pyarrow's. The last ones that were read stay in memory, of all files together."""
+    with open_parquet(path) as file:
+        return file.read_row_group(group)
 
 
 READERS = {".jsonl": JsonLines, ".tfrecord": TFRecords, ".parquet": Parquet}

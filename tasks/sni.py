@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -60,6 +61,8 @@ def without_a_model(tasks: list[list[Episode]]) -> dict[str, list[list[float]]]:
 
 def check(args: argparse.Namespace) -> None:
     """InputError for options that don't go together."""
+    if not find_spec("rouge_score"):
+        raise InputError("ROUGE-L needs the package rouge-score (pip install rouge-score)")
     if (args.instruction_downstream or args.fuse_instruction) and args.method != "hyper":
         raise InputError("--instruction-downstream and --fuse-instruction belong to --method hyper")
 

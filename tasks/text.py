@@ -6,6 +6,7 @@ predicts B and C after their gists. The result is a checkpoint with gists of its
 
 import argparse
 import gzip
+import math
 import mmap
 import os
 import random
@@ -37,6 +38,7 @@ from tasks.rows import as_text, existing, map_file, parse_line
 FOLDER, MODEL = "text", "llama"  # the miniature's data and checkpoint
 METRIC = "loss"
 OPTIONS = ("lm", "in_order", "held_out")
+WITHOUT = ("shots", "sets", "score", "rank", "alpha", "controls", "instruction_downstream")
 DEFAULTS = {
     "large": {"shots": None, "steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5, "sets": 1},
     "tiny": {
@@ -52,7 +54,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--task hyperpretrain trains all parameters of a hypernetwork: no --quantize, no other --method")
     if args.downstream != "frozen":
         raise InputError(f"--downstream {args.downstream} belongs to a hypernetwork with LoRA sets, not to this run")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.distill or args.weight_by_context):
+    if os.environ.get("WORLD_SIZE", "1") != "1" and (args.distill or args.weight_by_context):
         raise InputError("--distill and --weight-by-context of --task hyperpretrain need a single process: its teacher isn't sharded")
 
 
@@ -74,7 +76,9 @@ def save(hyper: HyperLlama, tensors: dict[str, Tensor], args: argparse.Namespace
 
 def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> "TextBatches":
     rows = args.steps * args.accumulate * args.batch_size
-    return TextBatches(args.data, formatter, hyper.gist_ids, args.lm, rows if args.in_order else 0, args.reconstruct)
+    text = TextBatches(args.data, formatter, hyper.gist_ids, args.lm, rows if args.in_order else 0, args.reconstruct)
+    text(args.seed, range(WINDOWS), test=True)  # what can't be read for evaluation is found before training
+    return text
 
 
 class TextBatches:
@@ -93,7 +97,7 @@ class TextBatches:
         self, folder: str | Path, formatter: Formatter, gist_ids: list[int], lm: float = 0.0, in_order: int = 0, reconstruct: float = 0.0
     ):
         folder = existing(folder)
-        paths = sorted(path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
+        paths = sorted(path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file())
         if not paths:
             raise InputError(f"{folder}: no .jsonl or .jsonl.gz files with text")
         self.paths, self.borders, self.sizes = paths, [], []
@@ -109,7 +113,9 @@ class TextBatches:
             if not border:
                 print(f"{path}: a single document, so none of it is kept for evaluation", file=sys.stderr)
             for start in {0, border}:  # a file that holds something else is found now
-                text_of(data[start : data.find(b"\n", start) + 1 or size], f"{path}: byte {start}")
+                while not data[start : (stop := data.find(b"\n", start) + 1 or size)].strip():  # a blank line
+                    start = stop
+                text_of(data, start, stop, path)
         if self.borders == self.sizes:
             raise InputError(f"{folder}: too few documents to keep some for evaluation")
         self.formatter, self.gist_ids, self.lm, self.in_order, self.reconstruct = formatter, gist_ids, lm, in_order, reconstruct
@@ -159,7 +165,7 @@ class TextBatches:
             if not data[at:stop].strip():  # a blank line
                 at = stop
                 continue
-            text = text_of(data[at:stop], f"{path}: byte {at}")
+            text = text_of(data, at, stop, path)
             # A text needn't be read whole: no token has more than 32 letters on average.
             skip = rng.randrange(max(1, len(text) - 32 * needed)) if not tokens else 0
             piece = self.formatter.tokenizer.encode(text[skip : skip + 32 * needed])
@@ -187,8 +193,15 @@ class TextBatches:
         return collate(context, list(range(count)), [[bos]] * count, targets, more=more)
 
 
-def text_of(line: bytes, where: str) -> str:
-    return as_text(parse_line(line, where).get("text"), f"{where}: text")
+def text_of(data: mmap.mmap | bytes, start: int, stop: int, path: Path) -> str:
+    """The text of one line."""
+    try:
+        return as_text(parse_line(data[start:stop], "").get("text"), "text")
+    except InputError as problem:  # only now are lines counted
+        raise InputError(f"{path}: line {data[:start].count(NEWLINE) + 1}: {str(problem).removeprefix(': ')}") from None
+
+
+NEWLINE = b"\n"
 
 
 # ----------------------------------------------------------------------------------------- evaluation
@@ -219,7 +232,10 @@ def losses(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter, gi
             logits, _ = hyper.model(tokens, **({} if prefix is None else prefix.before(width)))
             on_c = logits[:, rows_of.inner :].float()  # BOS and B come before it
             each.setdefault(name, []).extend(F.cross_entropy(on_c.transpose(1, 2), targets, reduction="none").mean(1).tolist())
-    return {name: statistics.fmean(values) for name, values in each.items()}
+    means = {name: statistics.fmean(values) for name, values in each.items()}
+    if not all(map(math.isfinite, means.values())):
+        raise InputError("losses on the held-out text aren't finite: the model holds NaN or inf")
+    return means
 
 
 def evaluate(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> tuple[dict, list[list[str]]]:

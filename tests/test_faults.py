@@ -207,7 +207,7 @@ def test_damaged_arguments_are_one_line_or_values_that_the_command_line_takes(tm
 
 @pytest.mark.parametrize("change", [
     {"gists": -1}, {"gists": 1.5}, {"gists": "16"}, {"gists": True}, {"seed": [1]}, {"lr": "fast"}, {"lr": -1.0}, {"method": "magic"},
-    {"task": "nothing"}, {"task": 3}, {"downstream": {}}, {"quantize": 1}, {"unheard": 1}, {"steps": 10**12}, {"alpha": float("inf")},
+    {"gists": None}, {"lr": None}, {"task": None}, {"downstream": False}, {"rank": False}, {"shots": None}, {"quantize": None}, {"task": "nothing"}, {"task": 3}, {"downstream": {}}, {"quantize": 1}, {"unheard": 1}, {"steps": 10**12}, {"alpha": float("inf")},
 ], ids=str)  # fmt: skip
 def test_arguments_edited_by_hand_are_held_to_the_rules_of_the_command_line(tmp_path, change):
     args = training.parse(["--task", "p3"])[0]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import Episode, Example
 from llama import InputError, Tokenizer, generate, holes_mask, load
-from lora import load_tensors
+from lora import load_tensors, save_tensors
 from tasks import open_run, read_args, settle
 from tools.cost import flops
 from tools.probe import asked_back
@@ -36,6 +36,14 @@ def test_own_examples_are_compressed_kept_and_answered_after(tmp_path, hypernetw
     monkeypatch.setattr("sys.stdin", io.StringIO("The fox sleeps.\n\nThe dog waits.\n"))
     lines = run(hypernetwork, "--gists", gists, "--options", "kilo,jade", program="answer").stdout.splitlines()
     assert len(lines) == 2 and lines[0] == kept.strip()
+    for name, change in (("0.key", torch.zeros(5)), ("offset", torch.tensor([900])), ("1.value", torch.zeros(1, 4, 0, 32))):
+        tensors, about = load_tensors(gists)
+        save_tensors(tmp_path / "crafted.safetensors", tensors | {name: change}, about)
+        assert "crafted" in run(hypernetwork, "--gists", tmp_path / "crafted.safetensors", *question, program="answer", status=2).stderr
+    for taken in (hypernetwork / "adapters.safetensors", examples, tmp_path):
+        assert "not a saved prefix" in run(hypernetwork, "--examples", examples, "--save", taken, program="answer", status=2).stderr
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a fox\n\xff\xfe b\n"), "utf-8"))
+    assert "stdin: not text" in run(hypernetwork, "--gists", gists, "--options", "kilo,jade", program="answer", status=2).stderr
     own_words = run(hypernetwork, "--gists", gists, "--input", "The fox sleeps.", program="answer").stdout
     assert own_words.endswith("\n") and "%" not in own_words
 

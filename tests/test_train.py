@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 import tasks
 import eval as evaluation
+import tools
 import train as training
 from data import again, collate
 from llama import load
@@ -357,14 +358,15 @@ def test_six_steps_equal_three_a_kill_and_three(tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_ctrl_c_saves_the_run(tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_ctrl_c_saves_the_run(tmp_path, kind):
     out = tmp_path / "run"
     argv, options = command("--task", "p3", *SHORT, "--out", out, "--steps", "2000", "--save-every", "9999")
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(kind)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     with safe_open(out / "state.safetensors", "pt") as file:
@@ -523,7 +525,7 @@ def error(monkeypatch, capsys, *argv):
     """The one line that the command ends with; run in this process, which spares the imports."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        run_command(training.main)
+        tools.run_command(training.main)
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -613,6 +615,44 @@ def test_only_what_a_run_wrote_is_ever_deleted(tmp_path, monkeypatch, capsys):
         assert "no run of ours" in line and (tmp_path / name / kept).exists()
 
 
+def test_nothing_of_anybodys_in_or_beside_a_run_is_touched(tmp_path, hypernetwork):
+    """Files in the folders of a run; a run that has the name of one set aside; a file where the lock would lie; other results."""
+    out = tmp_path / "run"
+    shutil.copytree(hypernetwork, out)
+    for name in ("shared", "average-notes"):
+        (out / name).mkdir()
+        (out / name / "thesis.txt").write_text("precious")
+        assert "no run of ours" in train(out, "--steps", "1", "--overwrite", status=2).stderr
+        assert (out / name / "thesis.txt").exists()
+        shutil.rmtree(out / name)
+    for name in ("run.replaced", ".run.replaced", "new.replaced"):
+        shutil.copytree(hypernetwork, tmp_path / name)
+    train(tmp_path / "new", "--steps", "1")
+    train(out, "--steps", "1", "--overwrite", status=2)  # where the run would be set aside, there is another
+    assert (out / "results.json").exists()
+    shutil.rmtree(tmp_path / ".run.replaced")
+    train(out, "--steps", "1", "--overwrite")
+    assert all((tmp_path / name / "results.json").exists() for name in ("run.replaced", "new.replaced"))
+    (tmp_path / ".locked.lock").write_text("secret")
+    assert "isn't a lock of ours" in train(tmp_path / "locked", "--steps", "1", status=2).stderr
+    assert (tmp_path / ".locked.lock").read_text() == "secret"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "results.json").write_text('{"my": "precious"}')
+    assert "results.json" in run(hypernetwork, "--out", tmp_path / "theirs", program="eval", status=2).stderr
+    (tmp_path / "file").write_text("precious")
+    assert "is a file" in run(hypernetwork, "--out", tmp_path / "file", program="eval", status=2).stderr
+    assert (tmp_path / "theirs" / "results.json").read_text() == '{"my": "precious"}'
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--task", "prefix", "--init", "text", "--optimizer", "muon"], "--optimizer muon is for matrices of layers"),
+    (["--task", "prefix", "--init", "text", "--gists", "600"], "fewer tokens"),
+], ids=["muon", "gists"])  # fmt: skip
+def test_a_run_that_ends_before_its_first_step_leaves_nothing(tmp_path, argv, message):
+    assert message in train(tmp_path / "run", "--steps", "1", *argv, status=2).stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("option", ["--model", "--data"])
 def test_a_run_never_lies_in_around_or_at_what_it_reads(tmp_path, monkeypatch, capsys, option):
     source = tmp_path / "around" / "source"
@@ -669,6 +709,10 @@ def test_results_are_kept_where_nothing_can_be_printed(tmp_path):
         (out / "results.json").unlink()
         subprocess.run(f"{sys.executable} eval.py {out} --limit 2 --sets 1 --no-controls {redirect}", shell=True, cwd=ROOT, capture_output=True)
         assert json.loads((out / "results.json").read_text())["average"] >= 0
+    for redirect in ("2> /dev/full", "2>&1 | head -c 20"):  # no bar can be drawn: the run goes on
+        command = f"{sys.executable} train.py --task p3 {' '.join(SHORT)} --steps 2 --no-controls --out {tmp_path / redirect[-2:]} {redirect}"
+        subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        assert (tmp_path / redirect[-2:] / "results.json").exists()
     ascii_terminal = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "eval.py", out, "--limit", "2", "--sets", "2", "--no-controls"], cwd=ROOT, env=ascii_terminal, capture_output=True)
     assert done.returncode == 0 and b" ? " in done.stdout  # the plus-minus sign
@@ -677,8 +721,8 @@ def test_results_are_kept_where_nothing_can_be_printed(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"exp_avg.gists": torch.zeros(2)}, "exp_avg.gists isn't"), ({"exp_avg_sq.gists": None}, "exp_avg_sq.gists isn't"),
     ({"exp_avg.gists": torch.full((4, 128), torch.nan)}, "exp_avg.gists isn't"), ({"gists": torch.zeros(4, 128, dtype=torch.int32)}, "gists isn't"),
-    ("-1", "step -1"), ("3.5", "step 3.5"), ("99", "step 99"), ("nan", "step nan"),
-], ids=range(8))  # fmt: skip
+    ("1" * 5000, "step 1111"), ("-1", "step -1"), ("3.5", "step 3.5"), ("99", "step 99"), ("nan", "step nan"),
+], ids=range(9))  # fmt: skip
 def test_a_crafted_state_is_refused(tmp_path, half_a_run, change, message):
     out = tmp_path / "run"
     shutil.copytree(half_a_run, out)
@@ -689,6 +733,13 @@ def test_a_crafted_state_is_refused(tmp_path, half_a_run, change, message):
         tensors = {name: t for name, t in (tensors | change).items() if t is not None}
     save_tensors(out / "state.safetensors", tensors, about)
     assert message in run("--resume", "--out", out, status=2).stderr
+
+
+def test_a_run_goes_on_with_its_own_model_alone(tmp_path, half_a_run):
+    shutil.copytree(half_a_run, tmp_path / "run")
+    tensors, about = load_tensors(tmp_path / "run" / "state.safetensors")
+    save_tensors(tmp_path / "run" / "state.safetensors", tensors, about | {"base": "another"})
+    assert "another model" in run("--resume", "--out", tmp_path / "run", status=2).stderr
 
 
 @pytest.fixture(scope="module")

@@ -374,9 +374,16 @@ def write_text(folder: Path, seed: int) -> None:
         (folder / name).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 
+def clear(folder: Path) -> None:
+    """Beside this file, what was made before goes; elsewhere, nothing is removed."""
+    if folder.exists() and folder.parent.resolve() != HERE.resolve():
+        raise SystemExit(f"{folder}: is there already")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_data(out: Path, seed: int) -> None:
     for name, write in (("P3", write_p3), ("natural-instructions", write_sni), ("symbol", write_symbol), ("text", write_text)):
-        shutil.rmtree(out / name, ignore_errors=True)
+        clear(out / name)
         write(out / name, seed)
 
 
@@ -392,7 +399,7 @@ def main() -> None:
         return
     base, compressed = args.out / "llama", args.out / "llama-c"
     for folder in (base, compressed):
-        shutil.rmtree(folder, ignore_errors=True)
+        clear(folder)
     base.mkdir(parents=True)
     make_tokenizer(base, random.Random(f"tokenizer {args.seed}"))
     tokenizer = Tokenizer(base)

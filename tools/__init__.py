@@ -15,11 +15,12 @@ sys.excepthook = one_line  # for Ctrl-C while torch is imported; from then on, r
 import os  # noqa: E402
 import signal  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from typing import TextIO  # noqa: E402
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from llama import InputError  # noqa: E402
+from llama import InputError, reading  # noqa: E402
 
 
 def start_processes() -> tuple[int, int]:
@@ -30,7 +31,8 @@ def start_processes() -> tuple[int, int]:
         raise InputError("RANK is set without WORLD_SIZE, LOCAL_RANK and MASTER_ADDR: torchrun sets them all")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    with reading("torchrun's environment", "doesn't describe processes"):
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return processes()
 
 
@@ -53,26 +55,53 @@ def run_command(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± shows a question mark
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Stream(sys.stdout, BrokenPipeError), Stream(sys.stderr, OSError)
     default = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()
         return
-    except BrokenPipeError:  # whoever reads the output, head for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return
     except (InputError, OSError) as problem:  # OSError: a full disk, a folder taken away
         message, status = f"error: {problem}", 2
-    except torch.OutOfMemoryError as problem:
-        advice = "a smaller --batch-size or --eval-tokens may help"
-        message, status = f"error: out of memory; {advice} ({str(problem).splitlines()[0]})", 2
+    except ImportError as problem:
+        message, status = f"error: {problem} (pip install -r requirements.txt installs what is needed)", 2
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
+        text = str(problem).split("\n")[0]
+        if type(problem) is RuntimeError and "alloc" not in text:
+            raise
+        message, status = f"error: out of memory; a smaller --batch-size or --eval-tokens may help ({text})", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     finally:
         signal.signal(signal.SIGTERM, default)
+        sys.stdout, sys.stderr = streams
+    Stream(sys.stdout, OSError).flush()
     if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # of several processes, one speaks
-        print(message, file=sys.stderr)
+        print(" ".join(message.split("\n")), file=Stream(sys.stderr, OSError))
     sys.exit(status)
+
+
+class Stream:
+    """stdout or stderr. When it can't be written to any more (head has seen enough), the command goes on without it."""
+
+    def __init__(self, stream: TextIO, lost: type[OSError]):
+        self.stream, self.lost = stream, lost
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.until_lost(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self.until_lost(self.stream.flush)
+
+    def until_lost(self, do: Callable, *args):
+        try:
+            return do(*args)
+        except self.lost:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def print_lines(lines: list[list[str]], total: bool = True) -> None:

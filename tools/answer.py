@@ -6,7 +6,9 @@
 """
 
 import hashlib
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from data import PLAIN, Episode, Example, report
 from eval import ask, score_options, write_answers
 from gist import Gists, load_gists, save_gists
 from llama import InputError, reading
+from lora import load_tensors
 from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle
 from tasks.rows import as_text, parse_line
 from tools import run_command
@@ -25,6 +28,12 @@ def belongs_to(run: Run, folder: Path) -> dict[str, str]:
     """Checksums of the model and the run that make and read a prefix: it means nothing to others."""
     trained = hashlib.sha256((folder / "adapters.safetensors").read_bytes())
     return {"model": run.hyper.model.checksum, "run": trained.hexdigest()[:16]}
+
+
+def is_prefix(path: Path) -> bool:
+    with suppress(InputError):
+        return path.is_file() and {"model", "run"} <= load_tensors(path)[1].keys()
+    return False
 
 
 def layout(run: Run):
@@ -91,8 +100,9 @@ def main() -> None:
     choices = [option.strip() for option in (options or "").split(",")] if options is not None else []
     if not all(choices) or len(set(choices)) < len(choices) or len(choices) == 1:
         raise InputError(f"--options {options}: needs two or more different answers, with a comma between them")
-    if save and Path(save).resolve() == Path(examples).resolve():
-        raise InputError(f"--save {save}: holds the examples")
+    choices = [as_text(option, "--options") for option in choices]
+    if save and os.path.lexists(save) and not is_prefix(Path(save)):
+        raise InputError(f"--save {save}: would replace something that is not a saved prefix")
     args = settle(typed, read_args(folder))
     if args.method != "hyper" or not (folder / "adapters.safetensors").exists() or hasattr(TASKS[args.task], "start"):
         raise InputError(f"{folder}: has no hypernetwork to compress examples with")
@@ -109,6 +119,8 @@ def main() -> None:
     if text is not None:
         print(answer(run, gists, as_text(text, "--input"), choices))
     elif not save:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # what isn't text is refused by as_text
         for line in sys.stdin:
             if line.strip():
                 print(answer(run, gists, as_text(line.strip(), "stdin"), choices), flush=True)

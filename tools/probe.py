@@ -18,7 +18,7 @@ from eval import BASELINES, MAIN, Column, score
 from llama import InputError
 from tasks import TASKS, Parser, Run, add_places, open_run, positive, read_args, settle
 from tools import print_lines, run_command
-from tools.report import write_picture
+from tools.report import picture, write_picture
 
 COLUMNS: dict[str, Column] = {"gists": MAIN["hyper"], "in context": BASELINES["fewshot"]}
 
@@ -63,11 +63,13 @@ def main() -> None:
     add_places(parser)
     typed = vars(parser.parse_args())
     folder, sets = Path(typed.pop("folder")), typed.pop("sets", 5)
-    out = Path(typed.pop("out", folder / "probe.png"))
+    out = picture(Path(typed.pop("out", folder / "probe.png")))
     args = settle(typed, read_args(folder))
     if args.method != "hyper" or not hasattr(TASKS[args.task], "load") or hasattr(TASKS[args.task], "start"):
         raise InputError(f"{folder}: not the run of a hypernetwork with tasks")
     found = probe(open_run(args, folder), sets)
+    if not found:
+        raise InputError(f"{folder}: its held-out tasks have no examples to ask back")
     whole = max(asked.count for asked in found)
     pictures = {
         f"place among {whole} examples": {place: [a for a in found if a.count == whole and a.place == place] for place in range(1, whole + 1)},

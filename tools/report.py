@@ -35,6 +35,7 @@ def read_results(run: Path) -> dict:
 def compare(rows: list[Path]) -> str:
     """A table in Markdown of the runs in some folders: a line per folder, mean ± standard deviation over its runs."""
     table: dict[str, dict[str, list[float]]] = {}
+    metrics = set()
     for row in rows:
         values = table.setdefault(row.name.replace("_", " "), {})
         paths = sorted(row.glob("*/results.json"))
@@ -46,12 +47,17 @@ def compare(rows: list[Path]) -> str:
                 training = [line["seconds"] for line in read_log(path.with_name("log.jsonl"))]
                 columns = {"result": results["average"]} | results["baselines"] | results["controls"]
                 columns |= {"share kept, %": results["kept"]} if "kept" in results else {}
-                metric, args = results["metric"], results["args"]
+                metric, args = results["metric"], {"shots": None, "method": None} | results["args"]
+                metrics.add(metric)
                 if args["task"] == "prefix" and len(results["tasks"]) <= 8:  # as many as the paper tunes on
                     columns |= {name: task["mean"] for name, task in results["tasks"].items()}
                 columns["seconds"] = results["seconds"] + sum(training)
+                if not all(isinstance(value, (int, float)) for value in columns.values()):
+                    raise ValueError("a result isn't a number")
             for name, value in columns.items():
                 values.setdefault(name, []).append(value)
+    if len(metrics) > 1:
+        raise InputError(f"these runs have different metrics: {', '.join(sorted(metrics))}")
     names = {name: None for values in table.values() for name in values if name != "seconds"}  # in order, each once
     heads = TITLES | (TEXT_TITLES if metric == "loss" else {})
     heads = [heads[name].format(**args) if name in heads else name for name in names]
@@ -87,6 +93,8 @@ def curves(runs: list[Path], by: str | None) -> tuple[dict[tuple[str, str], dict
                 rows = [(line["step"], {"main": line[key]} | line.get("controls", {})) for line in lines if key in line]
                 before = read_results(run).get("before") if measured else None
                 rows = rows if before is None or metric == "loss" else [(0, {"main": before}), *rows]
+            if not all(isinstance(value, (int, float)) for x, values in rows for value in (x, *values.values())):
+                raise ValueError("not a number")
         for x, values in rows:
             for column, value in values.items():
                 points.setdefault((name, column), {}).setdefault(x, []).append(value)
@@ -106,8 +114,6 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     """
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--out {path}: a picture's name ends in .png, .svg or .pdf")
     points, kind, args = curves(runs, by)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -156,6 +162,13 @@ def draw_mask(path: Path, examples: Sequence[str] = ("fox: kilo", "owl: east"), 
     write_picture(figure, path)
 
 
+def picture(path: Path) -> Path:
+    """A name that a picture can have."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--out {path}: a picture's name ends in .png, .svg or .pdf")
+    return path
+
+
 def write_picture(figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=110)
@@ -175,7 +188,7 @@ def main() -> None:
     if asked.what == "table":
         print(compare(folders))
     else:
-        plot(folders, Path(asked.out), asked.by)
+        plot(folders, picture(Path(asked.out)), asked.by)
 
 
 if __name__ == "__main__":
