@@ -66,6 +66,7 @@ def score_options(
     mask = holes_mask(torch.ones(len(rows), past[0][0].shape[2] if past else 0, device=device).bool() if seen is None else seen, T)
     mask[:, :, -T:] &= (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
     select, at = torch.tensor(select, device=device), torch.tensor(at, device=device)
+    adapter = prefix.acting(adapter) if prefix else adapter
     logits = model(tokens, past=past, offset=offset[:, None] + place, adapter=adapter, mask=mask, select=select)[0].float()
     gains = logits[at, targets] - logits.logsumexp(-1)[at]  # [M]
     values = iter(torch.zeros(len(flat), device=device).index_add(0, owner, gains).tolist())
@@ -257,7 +258,7 @@ def write_answers(run: Run, episode: Episode, prompts: list[list[int]], prefix: 
     before = {} if prefix is None else {"past": prefix.past, "offset": prefix.offset, "seen": prefix.seen}
     tokenizer = run.formatter.tokenizer
     ends = {"eos": tokenizer.eos, "until": tokenizer.encode(episode.layout.end)}
-    rows = generate(run.hyper.model, prompts, MAX_NEW_TOKENS, **ends, **before, adapter=adapter)
+    rows = generate(run.hyper.model, prompts, MAX_NEW_TOKENS, **ends, **before, adapter=prefix.acting(adapter) if prefix else adapter)
     return [tokenizer.decode(row).strip() for row in rows]
 
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import KV, InputError, Linear, Llama, Tokenizer, holes_mask, load, positions_of, ragged, read_config
-from lora import NF4Linear, add_lora, assign, load_tensors, save_tensors
+from llama import KV, Adapter, InputError, Linear, Llama, Tokenizer, holes_mask, load, positions_of, ragged, read_config
+from lora import Heads, NF4Linear, Updates, add_lora, assign, load_tensors, save_tensors
 
 
 def gist_mask(is_gist: Tensor) -> Tensor:
@@ -51,6 +51,7 @@ class Gists:
     past    per layer (key, value), each [B, K, G, hd]: 2·L·K·G·hd numbers a row, 8 MiB for Llama-2-7B in bf16
     offset  [B], the position after the last gist (paper, Appendix B)
     seen    [B, G] bool, which of the past is real, where rows keep unequal numbers of tokens; else None
+    updates low-rank updates of the answering model instead of a past (--emit lora); else None
 
     Keys keep the rotation of the place where they were made, so the tokens that follow must count on
     from `offset`. Gists are made at positions 0 … G-1 whatever the length of their examples, which
@@ -61,15 +62,22 @@ class Gists:
     past: Sequence[KV]
     offset: Tensor
     seen: Tensor | None = None
+    updates: Updates | None = None
 
     def __getitem__(self, rows: Tensor) -> "Gists":
         """Choose rows, with repetition: several queries can follow the same gists."""
         seen = None if self.seen is None else self.seen[rows]
-        return Gists([(k[rows], v[rows]) for k, v in self.past], self.offset[rows], seen)
+        updates = self.updates and {path: (A[rows], B[rows]) for path, (A, B) in self.updates.items()}
+        return Gists([(k[rows], v[rows]) for k, v in self.past], self.offset[rows], seen, updates)
 
-    def before(self, T: int) -> dict:
-        """What `Llama.forward` must know to read T tokens after this prefix."""
-        return {"past": self.past, "offset": self.offset, "mask": None if self.seen is None else holes_mask(self.seen, T)}
+    def before(self, T: int, adapter: str | None = None) -> dict:
+        """What `Llama.forward` must know to read T tokens after this prefix, with a LoRA set."""
+        mask = None if self.seen is None else holes_mask(self.seen, T)
+        return {"past": self.past, "offset": self.offset, "mask": mask, "adapter": self.acting(adapter)}
+
+    def acting(self, adapter: str | None) -> Adapter:
+        """The LoRA set, and beside it each row's own updates where there are any."""
+        return adapter if self.updates is None else {"emitted": self.updates} | ({adapter: None} if adapter else {})
 
 
 class HyperLlama(nn.Module):
@@ -81,11 +89,15 @@ class HyperLlama(nn.Module):
     reader, answerer: the LoRA set that acts while examples are read, and while queries are answered;
     None is the bare base. With the same set in both, one model does both (Mu et al.'s gisting).
     among: whether gists also stand among the examples; what comes after them then sees the gist mask.
+    heads: what makes low-rank updates of the gists, instead of a past of them.
     """
 
-    def __init__(self, model: Llama, embeddings: Tensor, reader: str | None = "hyper", answerer: str | None = None, among: bool = False):
+    def __init__(
+        self, model: Llama, embeddings: Tensor, reader: str | None = "hyper", answerer: str | None = None, among: bool = False,
+        heads: Heads | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.model, self.reader, self.answerer, self.among = model, reader, answerer, among
+        self.model, self.reader, self.answerer, self.among, self.heads = model, reader, answerer, among, heads
         self.gists = nn.Parameter(embeddings.float().clone())
 
     @property
@@ -119,7 +131,10 @@ class HyperLlama(nn.Module):
             at = torch.cat((lead, at), dim=1)
 
         before = None if past is None else past.past
-        return Gists(self.model.keys_values(self.embed(tokens), at, start, self.reader, before, mask), end, seen)
+        made = self.model.keys_values(self.embed(tokens), at, start, self.reader, before, mask)
+        if self.heads is not None:  # nothing is left to look at: queries begin at 0
+            return Gists([(k[:, :, :0], v[:, :, :0]) for k, v in made], torch.zeros_like(end), None, self.heads(made))
+        return Gists(made, end, seen)
 
     def forward(self, batch) -> Tensor:
         """Both passes. A data.Batch -> logits at its targets, then at those of batch.more, [N, V].
@@ -129,8 +144,9 @@ class HyperLlama(nn.Module):
         gists = None if batch.examples is None else self.compress(batch.examples, kept=batch.kept)
         logits = []
         for part in (batch, *batch.more):
-            prefix = {} if gists is None or part.row is None else gists[part.row].before(part.tokens.shape[1])
-            logits.append(self.model(part.tokens, **prefix, adapter=self.answerer, select=part.select)[0])
+            alone = gists is None or part.row is None
+            prefix = {"adapter": self.answerer} if alone else gists[part.row].before(part.tokens.shape[1], self.answerer)
+            logits.append(self.model(part.tokens, **prefix, select=part.select)[0])
         return torch.cat(logits) if batch.more else logits[0]  # (cat copies, and logits are large)
 
     @torch.no_grad()
@@ -241,7 +257,8 @@ def build(args: argparse.Namespace, whole: bool = False) -> HyperLlama:
         reader = answerer = None
     for name in dict.fromkeys(filter(None, (reader, answerer))):
         add_lora(model, name, args.rank, args.alpha, generator, keys_values_only=name != answerer)
-    hyper = HyperLlama(model, first_gists(args, model, generator), reader, answerer, among=bool(args.gists_every))
+    gists, heads = first_gists(args, model, generator), Heads(model, generator) if args.emit == "lora" else None
+    hyper = HyperLlama(model, gists, reader, answerer, bool(args.gists_every), heads)
     hyper.gists.requires_grad_(args.method == "hyper")
     return hyper.requires_grad_(True) if whole else hyper
 

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 KV = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, P, hd]; keys are rotated
-Adapter = str | Mapping[str | None, Tensor] | None  # a set's name, or {name: gate [B, T, 1]}, or the bare model
+Adapter = str | Mapping | None  # a LoRA set's name, or {name: gate [B, T, 1] (or, in lora.py, a row's own set)}, or the bare model
 
 
 class InputError(Exception):
@@ -250,7 +250,7 @@ class Block(nn.Module):
         y, present = self.self_attn(h, angles, past, mask, adapter)
         if at is not ...:
             x, y = x[at], y[at]
-            adapter = {name: None if gate is None else gate[at] for name, gate in adapter.items()}
+            adapter = {name: gate[at] if isinstance(gate, Tensor) else gate for name, gate in adapter.items()}
         x = x + self.self_attn.o_proj(y, adapter)
         return x + self.mlp(self.post_attention_layernorm(x), adapter), *present
 
@@ -313,8 +313,8 @@ class Llama(nn.Module):
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         positions = positions_of(x) if offset is None else offset if offset.dim() == 2 else positions_of(x) + offset[:, None]
         gates = {adapter: None} if isinstance(adapter, str) else dict(adapter or {})
-        for name in gates:  # every set has the first layer's keys
-            if name is not None and name not in self.layers[0].self_attn.k_proj.lora:
+        for name in gates:  # every set has the first layer's values
+            if name is not None and name not in self.layers[0].self_attn.v_proj.lora:
                 raise ValueError(f"there is no LoRA set {name!r}")
         return x, positions, gates
 

@@ -14,7 +14,7 @@ the base away from the other role.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,6 +64,49 @@ def add_lora(
         with torch.no_grad():
             lora.A.uniform_(-bound, bound, generator=generator)
         linear.lora[name] = lora.to(linear.weight.device)
+
+
+Updates = dict[str, tuple[Tensor, Tensor]]  # path of a matrix -> A [B, r, inputs] and B [B, outputs, r], for each row its own
+
+
+class Emitted(nn.Module):
+    """The place of an update that isn't learned but made by a hypernetwork: it comes with the call."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: Tensor, updates: Updates) -> Tensor:
+        A, B = updates[self.path]
+        return x @ A.to(x.dtype).mT @ B.to(x.dtype).mT  # [B, T, outputs]
+
+
+class Heads(nn.Module):
+    """Gists as adapters (HyperT5, Phang et al. 2023): in each layer, half of them become rank-one updates b aᵀ of
+    q_proj, half of v_proj. A layer's head reads what keys and values the gist has there; b is zero at the start.
+    """
+
+    def __init__(self, model: Llama, generator: torch.Generator, hidden: int = 64):
+        super().__init__()
+        c, device = model.config, model.embed_tokens.weight.device
+        made = {"down": (2 * c.kv_heads * c.head_size, hidden), "a": (hidden, 2 * c.width)}
+        for name, shape in made.items():
+            start = torch.randn(c.layers, *shape, generator=generator) / shape[0] ** 0.5
+            setattr(self, name, nn.Parameter(start.to(device)))
+        self.q = nn.Parameter(torch.zeros(c.layers, hidden, c.heads * c.head_size, device=device))
+        self.v = nn.Parameter(torch.zeros(c.layers, hidden, c.kv_heads * c.head_size, device=device))
+        for path, linear in linears(model).items():
+            if path.endswith(("q_proj", "v_proj")):
+                linear.lora["emitted"] = Emitted(path)
+
+    def forward(self, past: Sequence[tuple[Tensor, Tensor]]) -> Updates:
+        """Keys and values of G gists, for each layer two [B, K, G, hd] -> an update of rank G / 2 for each matrix."""
+        updates = {}
+        for i, both in enumerate(past):
+            h = F.silu(torch.cat(both, dim=1).transpose(1, 2).flatten(2).float() @ self.down[i])  # [B, G, hidden]
+            for name, gists, a, b in zip("qv", h.chunk(2, dim=1), self.a[i].chunk(2, dim=1), (self.q[i], self.v[i])):
+                updates[f"layers.{i}.self_attn.{name}_proj"] = (gists @ a, (gists @ b).mT)
+        return updates
 
 
 BLOCK = 64  # numbers with one scale

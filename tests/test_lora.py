@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from conftest import random_hyper, random_llama, write_hf
 from safetensors.torch import save_file
 
-from llama import InputError, load
-from lora import NF4Linear, add_lora, assign, linears, load_tensors, save_tensors
+from data import collate
+from eval import score_options
+from gist import HyperLlama
+from llama import InputError, generate, load
+from lora import Heads, NF4Linear, add_lora, assign, linears, load_tensors, save_tensors
 
 X = torch.tensor([[1, 5, 9, 20, 30, 4]])
 
@@ -74,6 +77,59 @@ def test_every_trainable_tensor_gets_a_gradient(answerer):
 
 
 # ---------------------------------------------------------------------------------------------- NF4
+
+
+def emitting() -> HyperLlama:
+    """A hypernetwork whose four gists become updates that do something."""
+    generator, hyper = torch.Generator().manual_seed(3), random_hyper()
+    hyper.gists = torch.nn.Parameter(torch.randn(4, 32, generator=generator))
+    hyper.heads = Heads(hyper.model, generator)
+    for p in (hyper.heads.q, hyper.heads.v):
+        p.data.normal_(0, 0.3, generator=generator)
+    return hyper
+
+
+EXAMPLES = torch.tensor([[1, 5, 6, 7, 50, 51, 52, 53], [1, 9, 50, 51, 52, 53, 0, 0]])
+
+
+def test_emitted_updates_are_those_of_merged_matrices_row_by_row():
+    hyper = emitting()
+    gists = hyper.compress(EXAMPLES)
+    together = hyper.model(X.expand(2, -1), **gists.before(X.shape[1]))[0]
+    assert gists.offset.tolist() == [0, 0] and gists.past[0][0].shape[2] == 0
+    for row in range(2):
+        merged = random_hyper().model
+        for path, linear in linears(merged).items():
+            if path in gists.updates:
+                A, B = gists.updates[path]
+                linear.weight.data += B[row] @ A[row]
+        torch.testing.assert_close(together[row], merged(X)[0][0], atol=1e-4, rtol=1e-4)
+        chosen = gists[torch.tensor([row])]
+        torch.testing.assert_close(hyper.model(X, **chosen.before(X.shape[1]))[0][0], together[row], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_emitted_updates_answer_alike_in_training_ranking_and_writing():
+    hyper = emitting()
+    batch = collate(EXAMPLES.tolist(), [0, 1, 1], [[1, 7], [1, 8, 9], [1, 4]], [[8, 3], [5, 2], [6, 2]])
+    gists, rows = hyper.compress(EXAMPLES), batch.row
+    expected = [F.cross_entropy(part, target, reduction="sum").item() for part, target in zip(hyper(batch).split(2), batch.targets.split(2))]
+    scores = score_options(hyper.model, [[1, 7], [1, 8, 9], [1, 4]], [[[8, 3]], [[5, 2]], [[6, 2]]], gists[rows])
+    torch.testing.assert_close([-score for (score,) in scores], expected, atol=1e-4, rtol=1e-4)
+    written = generate(hyper.model, [[1, 7]], 3, -1, past=gists[rows[:1]].past, offset=gists.offset[:1], adapter=gists[rows[:1]].acting(None))[0]
+    again = [1, 7]
+    for token in written:
+        assert hyper.model(torch.tensor([again]), **gists[rows[:1]].before(len(again)))[0][0, -1].argmax() == token
+        again.append(token)
+
+
+def test_heads_emit_nothing_before_training_and_learn_with_the_rest():
+    hyper = emitting()
+    hyper.heads = Heads(hyper.model, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(hyper.model(X.expand(2, -1), **hyper.compress(EXAMPLES).before(6))[0][0], hyper.model(X.expand(2, -1))[0][0], atol=0, rtol=0)
+    hyper = emitting()
+    hyper(collate(EXAMPLES.tolist(), [0, 1], [[1, 7], [1, 8]], [[8, 3], [5, 2]])).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (hyper.gists, *hyper.heads.parameters()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

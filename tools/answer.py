@@ -104,6 +104,8 @@ def main() -> None:
     if save and os.path.lexists(save) and not is_prefix(Path(save)):
         raise InputError(f"--save {save}: would replace something that is not a saved prefix")
     args = settle(typed, read_args(folder))
+    if save and args.emit != "kv":
+        raise InputError(f"--save: {folder} makes low-rank updates, and what is saved are keys and values")
     if args.method != "hyper" or not (folder / "adapters.safetensors").exists() or hasattr(TASKS[args.task], "start"):
         raise InputError(f"{folder}: has no hypernetwork to compress examples with")
     run = open_run(args, folder)
