@@ -29,6 +29,7 @@ HELPS = {  # what the literature since then found to help
     "HyperLlama both": f"{BASE} --distill 1 --reconstruct 0.5",
     "C gists every 4": f"{C} --gists-every 4",
     "C distill": f"{C} --distill 1",
+    "C emit lora": f"{C} --emit lora --gists 8",
 }
 ROWS = {  # table -> row -> options of train.py, or of eval.py where the model stays untouched ("plain")
     "p3": {
