@@ -37,6 +37,15 @@ def flops(c: Config, tokens: int, past: int = 0, logits: int = 0, rank: int = 0,
     return layers + 2 * logits * c.width * c.vocab
 
 
+def at_use(c: Config, args: dict, query: int, size: int, rank: int = 0) -> tuple[int, int]:
+    """Bytes of a run's prefix, in numbers of so many bytes, and operations of a query of so many tokens after it."""
+    G = args["gists"]
+    if args.get("emit") == "lora":  # half of the gists are a rank of q_proj, half of v_proj
+        numbers = c.layers * (G // 2) * (2 * c.width + (c.heads + c.kv_heads) * c.head_size)
+        return size * numbers, flops(c, query, 0, 1, rank) + 2 * numbers * query
+    return size * 2 * c.layers * c.kv_heads * c.head_size * G, flops(c, query, G, 1, rank)
+
+
 def print_needs() -> None:
     """Weights in memory, and what a training run of 10,000 steps takes: 4 prefixes of 1,024 tokens a step, 4 queries of 128 each."""
     lines = [["as computed", "TinyLlama-1.1B", "Llama-2-7B"]]
@@ -71,18 +80,18 @@ def print_cost(run: Run) -> None:
     print(f"{examples} tokens of examples, {query} of a query (means of {args.data}), {G} gists; one logit row a query\n")
     adapted, weight = args.rank if run.hyper.answerer else 0, run.hyper.model.embed_tokens.weight
     for name, c, size in ((args.model, run.hyper.model.config, weight.element_size()), ("Llama-2-7B, bf16", LLAMA_2_7B, 2)):
-        bytes_of = 2 * c.layers * c.kv_heads * c.head_size * size  # of one token's keys and values
-        ways = {  # once, per query, tokens kept
+        kept, each = at_use(c, vars(args), query, size, adapted)
+        ways = {  # once, per query, bytes kept
             "in context": (0, flops(c, examples + query, logits=1), 0),
-            "examples kept": (flops(c, examples, kept=examples), flops(c, query, examples, 1), examples),
-            "gists": (flops(c, examples + G, rank=args.rank, kept=G), flops(c, query, G, 1, adapted), G),
+            "examples kept": (flops(c, examples, kept=examples), flops(c, query, examples, 1), size * 2 * c.layers * c.kv_heads * c.head_size * examples),
+            "gists": (flops(c, examples + G, rank=args.rank, kept=G), each, kept),
         }
         once, each, _ = ways["gists"]
         lines = [[name, "GFLOP once", "GFLOP a query", "bytes kept", "gists ahead after"]]
         for way, (first, then, kept) in ways.items():
             count = math.floor((once - first) / (then - each)) + 1 if then > each else 0
             after = f"{max(1, count):,} quer{'y' if count < 2 else 'ies'}" if then > each else "never"
-            lines.append([way, f"{first / 1e9:,.2f}", f"{then / 1e9:,.3f}", f"{kept * bytes_of:,}", "" if way == "gists" else after])
+            lines.append([way, f"{first / 1e9:,.2f}", f"{then / 1e9:,.3f}", f"{kept:,}", "" if way == "gists" else after])
         print_lines(lines)
         print()
 
