@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL_DATA, ROOT, SHORT, command, needs_real_data, random_hyper, random_llama, run, train, write_hf
+from conftest import FEW_TASKS, REAL_DATA, ROOT, SHORT, command, needs_real_data, random_hyper, random_llama, run, train, write_hf
 from safetensors import safe_open
 
 import tasks
@@ -95,16 +95,16 @@ def test_the_schedule_warms_up_and_ends_at_zero():
 
 VARIANTS = [
     ["--downstream", "frozen"], ["--downstream", "lora"], ["--downstream", "shared"],
-    ["--method", "fewshot"], ["--method", "zeroshot"],
+    ["--method", "fewshot"], ["--method", "zeroshot"], ["--emit", "lora"], ["--emit", "lora", "--downstream", "lora"],
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
 def test_every_variant_trains_all_its_tensors_and_evaluates_the_same_later(tmp_path, variant):
     out = tmp_path / "run"
-    train(out, "--steps", "2", *variant)
+    train(out, "--steps", "3", *variant)
     tensors, log, results = contents(out)
-    assert len(log) == 2 and 0 <= results["average"] <= 100 and results["method"] == (variant[1] if "--method" in variant else "hyper")
+    assert len(log) == 3 and 0 <= results["average"] <= 100 and results["method"] == (variant[1] if "--method" in variant else "hyper")
     for (file, name), tensor in tensors.items():
         if name.startswith("exp_avg_sq."):
             assert tensor.abs().max() > 0, f"{name} never had a gradient"
@@ -778,8 +778,12 @@ def test_a_model_with_other_weights_in_any_layer_is_refused(tmp_path):
     tensors, about = load_tensors(tmp_path / "other" / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"] *= 2
     save_tensors(tmp_path / "other" / "model.safetensors", tensors, about)
-    line = run(tmp_path / "run", "--model", tmp_path / "other", "--limit", "1", program="eval", status=2).stderr
-    assert "was trained on another model" in line
+    shutil.copytree(ROOT / "tiny" / "llama-c", tmp_path / "words")
+    words = (tmp_path / "words" / "tokenizer.model").read_bytes()
+    (tmp_path / "words" / "tokenizer.model").write_bytes(words.replace("▁kilo".encode(), b"\0" * 7).replace("▁jade".encode(), "▁kilo".encode()).replace(b"\0" * 7, "▁jade".encode()))
+    for name in ("other", "words"):
+        line = run(tmp_path / "run", "--model", tmp_path / name, "--limit", "1", "--out", tmp_path / "e", program="eval", status=2).stderr
+        assert "was trained on another model" in line
 
 
 def test_scores_that_are_not_finite_are_refused(tmp_path):
@@ -787,8 +791,26 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
     tensors, about = load_tensors(tmp_path / "broken" / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"][0] = torch.nan
     save_tensors(tmp_path / "broken" / "model.safetensors", tensors, about)
-    line = run("--task", "p3", "--method", "zeroshot", "--model", tmp_path / "broken", "--limit", "1", "--out", tmp_path / "e", program="eval", status=2).stderr
-    assert "aren't finite" in line and not (tmp_path / "e" / "results.json").exists()
+    for task in ("p3", "sni"):
+        asked = ["--task", task, "--method", "zeroshot", "--model", tmp_path / "broken", "--limit", "1", "--out", tmp_path / task]
+        assert "aren't finite" in run(*asked, program="eval", status=2).stderr and not (tmp_path / task / "results.json").exists()
+
+
+def test_several_sets_are_counted_as_they_are_read(tmp_path, hypernetwork):
+    """Each set is read in a context of its own; in context, there is one."""
+    run(hypernetwork, "--average", "3", "--limit", "2", "--no-controls", "--sets", "1", "--out", tmp_path / "three", program="eval")
+    one, three = (json.loads((out / "results.json").read_text())["shots"] for out in (hypernetwork, tmp_path / "three"))
+    assert one == {"hyper": 4, "fewshot": 4} and three == {"hyper": 12, "fewshot": 4}
+
+
+def test_a_tuned_prefix_is_used_for_its_own_task_alone(tmp_path):
+    data = tmp_path / "P3"
+    shutil.copytree(FEW_TASKS, data, symlinks=True)
+    short = ["--data", data, "--task", "prefix", "--init", "text", "--steps", "1", "--out", tmp_path / "run"]
+    train(tmp_path / "run", *short)
+    names = (data / "splits" / "test_tasks.txt").read_text().split()
+    (data / "splits" / "test_tasks.txt").write_text("\n".join(reversed(names)))
+    assert "other tasks" in run(tmp_path / "run", "--limit", "2", program="eval", status=2).stderr
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch, capsys):

@@ -300,16 +300,26 @@ def rank(scratch: Path, repeats: int) -> list[Line]:
     def kept():
         return score_options(model, prompts, options, read_rows(model, [shots])[torch.zeros(n, dtype=torch.long, device=DEVICE)])
 
-    def rows():
-        return [[score_options(model, [shots + prompt], [[option]])[0][0] for option in some] for prompt, some in zip(prompts, options)]
+    def rows():  # a full row for each option, the four of a query as a batch
+        if not peers(scratch):
+            return [[score_options(model, [shots + prompt], [[option]])[0][0] for option in some] for prompt, some in zip(prompts, options)]
+        scores = []
+        for prompt, some in zip(prompts, options):
+            tokens = torch.tensor([shots + prompt + option for option in some], device=DEVICE)
+            with their_model(scratch).disable_adapter():
+                logits = their_model(scratch)(input_ids=tokens, logits_to_keep=len(some[0]) + 1).logits[:, :-1]
+            each = -F.cross_entropy(logits.float().transpose(1, 2), tokens[:, -len(some[0]) :], reduction="none")
+            scores.append(each.sum(1).tolist())
+        return scores
 
     torch.testing.assert_close(torch.tensor(kept()), torch.tensor(rows()), atol=2e-2 * (10 if CUDA else 1), rtol=1e-3)
     found = side_by_side(max(1, repeats // 2), gists=gists, kept=kept, rows=rows)
     each = {way: time / n for way, time in found.items()}
     read = {"gists": len(shots) + G + n * 111, "kept": len(shots) + n * 111, "rows": 4 * n * (len(shots) + 96)}
     speed = {way: f", {read[way] / found[way]:,.0f} tokens/s" for way in read}
+    theirs = "transformers, a full row per option" if peers(scratch) else "one full row per option"
     lines = [
-        against("ranking 4 options, a query / one full row per option", each["gists"], each["rows"], "s"),
+        against(f"ranking 4 options, a query / {theirs}", each["gists"], each["rows"], "s"),
         against("ranking 4 options, a query / examples in context, read once", each["gists"], each["kept"], "s"),
     ]
     for line, way in zip(lines, ("rows", "kept")):
