@@ -46,31 +46,29 @@ def score_options(
     the end of the prompt, at the same positions, and sees the prompt and itself. So nothing is read twice.
     """
     T, device = max(map(row_length, prompts, options)), model.embed_tokens.weight.device
-    rows, branches, places = [], [], []  # of each token: itself, the option that it belongs to (0: the prompt), its position
-    select, at = [], []  # the positions that predict; of each token of an option, the number of its own among them
+    rows, branches, places, predictors = [], [], [], []
     for n, (prompt, choices) in enumerate(zip(prompts, options)):
-        row, branch, place, end = [*prompt], [0] * len(prompt), [*range(len(prompt))], len(select)
-        select.append(n * T + len(prompt) - 1)  # predicts the first token of every option
+        row, branch, place = [*prompt], [0] * len(prompt), [*range(len(prompt))]  # tokens, whose they are (0: the prompt's), positions
         for number, option in enumerate(choices, 1):
-            more = range(len(option) - 1)
-            at += [end, *(len(select) + i for i in more)]
-            select += [n * T + len(row) + i for i in more]
-            row, branch, place = row + [*option[:-1]], branch + [number for _ in more], place + [len(prompt) + i for i in more]
+            here = range(len(row), len(row) + len(option) - 1)  # its last token predicts nothing, and is left out
+            predictors += [n * T + len(prompt) - 1, *(n * T + t for t in here)]
+            row, branch, place = row + [*option[:-1]], branch + [number for _ in here], place + [len(prompt) + i for i in range(len(here))]
         rows, branches, places = [*rows, row], [*branches, branch], [*places, place]
-    flat = [option for choices in options for option in choices]
-    targets = torch.tensor([token for option in flat for token in option], device=device)
-    owner = torch.arange(len(flat), device=device).repeat_interleave(torch.tensor([len(option) for option in flat], device=device))
-
+    select, at = torch.tensor(predictors, device=device).unique(return_inverse=True)  # the prompt's end predicts for all options
     tokens, branch, place = ragged(rows, device=device), ragged(branches, -1, device), ragged(places, device=device)
+
     past, offset, seen = (prefix.past, prefix.offset, prefix.seen) if prefix else (None, torch.zeros_like(place[:, 0]), None)
-    mask = holes_mask(torch.ones(len(rows), past[0][0].shape[2] if past else 0, device=device).bool() if seen is None else seen, T)
+    seen = torch.ones(len(rows), past[0][0].shape[2] if past else 0, device=device).bool() if seen is None else seen
+    mask = holes_mask(seen, T)
     mask[:, :, -T:] &= (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
-    select, at = torch.tensor(select, device=device), torch.tensor(at, device=device)
     adapter = prefix.acting(adapter) if prefix else adapter
     logits = model(tokens, past=past, offset=offset[:, None] + place, adapter=adapter, mask=mask, select=select)[0].float()
-    gains = logits[at, targets] - logits.logsumexp(-1)[at]  # [M]
-    values = iter(torch.zeros(len(flat), device=device).index_add(0, owner, gains).tolist())
-    return [[next(values) / (len(option) if mean else 1) for option in choices] for choices in options]
+
+    flat = [option for choices in options for option in choices]
+    targets = torch.tensor([token for option in flat for token in option], device=device)
+    gains = (logits[at, targets] - logits.logsumexp(-1)[at]).split([len(option) for option in flat])
+    values = iter(torch.stack([gain.mean() if mean else gain.sum() for gain in gains]).tolist())
+    return [[next(values) for _ in choices] for choices in options]
 
 
 def row_length(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> int:
@@ -505,7 +503,7 @@ def check_results(out: Path, args: argparse.Namespace, folder: Path | None) -> N
         raise InputError(f"--out {out}: holds another run, whose results would be replaced")
     with reading(path, "would be replaced, and is not a result of ours"):
         before = json.loads(path.read_text())["args"] if path.exists() else portable(args)
-        if any(before[name] != portable(args)[name] for name in ("task", "method", "model")):
+        if any(before[name] != portable(args)[name] for name in ("task", "method", "model")[: 2 if folder else 3]):
             raise InputError(f"--out {out}: holds the results of another model or task, which would be replaced")
 
 

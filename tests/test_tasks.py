@@ -480,7 +480,7 @@ def test_packed_text_equals_plain_text(tokenizer, tmp_path):
 def test_short_texts_are_joined_and_bad_lines_are_refused(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "dog"}\n' * 400)
     assert len(text_batches(tokenizer, tmp_path)(0, range(2)).targets) == 40
-    for content, message in (('{"text": ""}\n' * 400, None), ('{"txt": "a"}\n' * 40, "text is missing"), ("no\n" * 40, "byte 0: not JSON"), ("", "is empty"), ('{"text": "dog"}', "too few documents")):
+    for content, message in (('{"text": ""}\n' * 400, None), ('{"txt": "a"}\n' * 40, "text is missing"), ("no\n" * 40, "line 1: not JSON"), ("", "is empty"), ('{"text": "dog"}', "too few documents")):
         (tmp_path / "a.jsonl").write_text(content)
         if message:
             with pytest.raises(InputError, match=message):

@@ -120,13 +120,17 @@ def test_a_quantized_run_works(tmp_path):
     assert contents(tmp_path / "run")[2]["args"]["quantize"] is True
 
 
+PRETRAIN = ["--task", "hyperpretrain", "--batch-size", "4", "--gists", "4", "--save-every", "2", "--limit", "4", "--measure", "0"]
+PRETRAIN += ["--optimizer", "adamw", "--lr", "3e-3", "--gist-lr", "3e-3"]
+
+
 @pytest.mark.parametrize("task", [
-    ["--task", "p3"], ["--task", "hyperpretrain", "--data", ROOT / "tiny" / "text"], ["--task", "prefix", "--init", "propagate", "--measure", "0", "--sets", "1"],
+    ["--task", "p3", *SHORT], PRETRAIN, ["--task", "prefix", "--init", "propagate", *SHORT],
 ], ids=lambda task: task[1])  # fmt: skip
 def test_checkpointed_activations_change_no_bit(tmp_path, task):
     states = []
     for name, options in (("plain", []), ("checkpointed", ["--checkpoint-activations"])):
-        train(tmp_path / name, "--steps", "2", *task, *options)
+        run(*task, "--steps", "2", "--out", tmp_path / name, *options)
         states.append(load_tensors(tmp_path / name / "state.safetensors")[0])
     plain, checkpointed = states
     assert plain.keys() == checkpointed.keys()
@@ -267,8 +271,6 @@ def test_targets_weigh_what_the_full_context_is_worth_for_them():
 
 # -------------------------------------------------- compression hyperpretraining, several processes
 
-PRETRAIN = ["--task", "hyperpretrain", "--batch-size", "4", "--gists", "4", "--save-every", "2", "--limit", "4", "--measure", "0"]
-PRETRAIN += ["--optimizer", "adamw", "--lr", "3e-3", "--gist-lr", "3e-3"]
 
 STOP_AFTER_TWO = """
 import os, signal, sys
@@ -677,9 +679,10 @@ def test_a_run_is_replaced_only_when_the_new_one_has_saved_something(tmp_path):
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path, monkeypatch, capsys):
-    out, aside = tmp_path / "run", tmp_path / "run.replaced"
+    out, aside = tmp_path / "run", tmp_path / ".run.replaced"
     train(out, "--steps", "1")
     shutil.copytree(out, aside)  # the other run is replacing this one and has saved nothing yet
+    (aside / ".hyperllama-replaced").touch()
     (out / "state.safetensors").unlink()
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with open(tmp_path / ".run.lock", "a") as file:
