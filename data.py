@@ -66,6 +66,10 @@ class Episode:
     layout: Layout = PLAIN
     instruction: str = ""
 
+    def split(self, pieces: int) -> list["Episode"]:
+        """The same with a part of the examples each."""
+        return [replace(self, shots=self.shots[n::pieces]) for n in range(pieces)]
+
 
 class Task(Protocol):
     """What tasks/*.py load: one prompt of P3, one task of S-NI, one set of texts with labels."""
@@ -191,6 +195,7 @@ class Batch:
     targets   [M] the tokens to predict there
     read      tokens read, padding left out: for tokens/s
     left_out  what didn't fit, counted
+    earlier   rows like `examples` that are compressed before them, one after the other (gist.chain)
     more      what other terms of the loss predict, each in a batch of its own: after the same gists, or (row None) after nothing
     weight    of such a term
     """
@@ -203,12 +208,14 @@ class Batch:
     targets: Tensor
     read: int
     left_out: Counter[str] = field(default_factory=Counter)
+    earlier: tuple[Tensor, ...] = ()
     more: tuple["Batch", ...] = ()
     weight: float = 0.0
 
     def to(self, device: torch.device | str) -> "Batch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved, more=tuple(part.to(device) for part in self.more))
+        parts = {name: tuple(part.to(device) for part in getattr(self, name)) for name in ("earlier", "more")}
+        return replace(self, **moved, **parts)
 
 
 def collate(
@@ -220,6 +227,7 @@ def collate(
     left_out: Counter[str] | None = None,
     more: Sequence[Batch] = (),
     weight: float = 0.0,
+    earlier: Sequence[list[list[int]]] = (),
 ) -> Batch:
     """Right-padded tensors of rows of tokens; loss on the targets alone."""
     tokens = [prompt + target[:-1] for prompt, target in zip(prompts, targets)]
@@ -236,8 +244,9 @@ def collate(
         tokens=ragged(tokens),
         select=torch.tensor(select),
         targets=torch.tensor([token for target in targets for token in target]),
-        read=sum(map(len, tokens)) + sum(map(len, examples or [])) + sum(part.read for part in more),
+        read=sum(map(len, tokens)) + sum(len(row) for rows in (examples or [], *earlier) for row in rows) + sum(part.read for part in more),
         left_out=left_out or Counter(),
+        earlier=tuple(map(ragged, earlier)),
         more=tuple(more),
         weight=weight,
     )
@@ -260,6 +269,7 @@ class EpisodeBatches:
     instruct  whether the instruction also stands before a query that follows gists
     fuse      whether the instruction's own keys and values stay in the prefix beside the gists
     reconstruct  the weight of saying the examples again
+    pieces    so many times `shots` examples, compressed one after the other
     """
 
     tasks: Sequence[Task]
@@ -270,25 +280,26 @@ class EpisodeBatches:
     instruct: bool = False
     fuse: bool = False
     reconstruct: float = 0.0
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         self.queries = QUERIES if self.method == "hyper" else 1
         self.weights = [task.weight for task in self.tasks]
         for task in self.tasks:  # a task that is too small is found now, not after hours
-            task.draw(random.Random(0), self.shots, self.queries)
+            task.draw(random.Random(0), self.shots * self.pieces, self.queries)
 
     def __str__(self) -> str:
         return f"{len(self.tasks)} training tasks"
 
     def __call__(self, seed: int, numbers: Sequence[int]) -> Batch:
         """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
-        context, kept, row, prompts, targets, left_out = [], [], [], [], [], Counter()
+        context, kept, row, prompts, targets, left_out = [[] for _ in range(self.pieces)], [], [], [], [], Counter()
         for b, number in enumerate(numbers):
             episode, some = self.draw(random.Random(f"{seed} {number}"))
             left_out += some
-            if self.method == "hyper":
-                examples = self.formatter.context_row(episode, self.gist_ids)
-                context.append(examples.tokens)
+            for rows, piece in zip(context, episode.split(self.pieces) if self.method == "hyper" else ()):
+                examples = self.formatter.context_row(piece, self.gist_ids)
+                rows.append(examples.tokens)
                 kept.append(examples.lead)
                 left_out += examples.left_out
             for query in episode.queries:
@@ -298,8 +309,9 @@ class EpisodeBatches:
                 prompts.append(prompt.tokens)
                 targets.append(target)
                 left_out += prompt.left_out
-        more = again(context, self.gist_ids, self.formatter.tokenizer.eos, self.reconstruct)
-        return collate(context or None, row, prompts, targets, kept if self.fuse else None, left_out, more)
+        *earlier, last = context
+        more = again(last, self.gist_ids, self.formatter.tokenizer.eos, self.reconstruct)
+        return collate(last or None, row, prompts, targets, kept if self.fuse else None, left_out, more, earlier=earlier if last else ())
 
     def prompt(self, episode: Episode, query: Example, target: int) -> Row:
         """What comes before a target of so many tokens."""
@@ -314,5 +326,5 @@ class EpisodeBatches:
     def draw(self, rng: random.Random) -> tuple[Episode, Counter[str]]:
         """An episode of some task."""
         return self.formatter.fitting(
-            lambda: rng.choices(self.tasks, self.weights)[0].draw(rng, self.shots, self.queries)
+            lambda: rng.choices(self.tasks, self.weights)[0].draw(rng, self.shots * self.pieces, self.queries)
         )

@@ -29,7 +29,7 @@ from data import Episode, Formatter, Row, Task, report
 from gist import Gists, combine, mean_pooled, read_rows, trained
 from llama import InputError, Llama, generate, holes_mask, ragged, reading
 from lora import read_lines, write_json
-from tasks import EVALUATION, MAX_NEW_TOKENS, MOVABLE, TASKS, Parser, Run, add_options, open_run, portable, read_args, settle, several
+from tasks import EVALUATION, MAX_NEW_TOKENS, MOVABLE, TASKS, WAYS, Parser, Run, add_options, open_run, portable, read_args, settle, several
 from tools.folder import UNFINISHED, check_writable
 
 # ------------------------------------------------------------------------------- options, ranked
@@ -124,8 +124,7 @@ def compressed(run: Run, episodes: list[Episode], t: int, adapter: str | None) -
 
 def pieces(run: Run, episode: Episode) -> list[Episode]:
     """The sets of examples that are compressed one by one."""
-    sets = several(run.args)[1]
-    return [replace(episode, shots=episode.shots[n::sets]) for n in range(sets)]
+    return episode.split(several(run.args)[1])
 
 
 def one_set(run: Run, episode: Episode) -> Episode:
@@ -465,10 +464,10 @@ def settings(argv: list[str] | None = None) -> tuple[argparse.Namespace, Path | 
         return settle(typed | {"steps": 0}), None, Path(out or name)
     for name in typed.keys() - EVALUATION - MOVABLE:
         raise InputError(f"--{name.replace('_', '-')}: {folder} was trained with its own, which can't be changed")
-    before = {name: value for name, value in read_args(Path(folder)).items() if name not in EVALUATION}
-    args = settle(typed, before)  # --limit and the like of the training are not inherited
-    way, sets = several(args)
-    return args, Path(folder), Path(out or Path(folder) / (way and f"{way}-{sets}"))  # beside the run's own result, not in its place
+    ways, before = typed.keys() & {*WAYS}, read_args(Path(folder))
+    inherited = {name: value for name, value in before.items() if name not in EVALUATION or name == "chain" and not ways}
+    args = settle(typed, inherited)  # --limit and the like of the training are not inherited
+    return args, Path(folder), Path(out or Path(folder, *(f"{way}-{typed[way]}" for way in ways)))  # beside the run's own result
 
 
 def final_results(run: Run, held_out: HeldOut | None, before: float | None, out: Path) -> dict:

@@ -141,8 +141,9 @@ class HyperLlama(nn.Module):
 
         Without examples to compress (batch.examples is None) this is an ordinary language model.
         """
-        gists = None if batch.examples is None else self.compress(batch.examples, kept=batch.kept)
-        logits = []
+        gists, logits = None if batch.examples is None else self.compress(batch.examples, kept=batch.kept), []
+        if batch.earlier:
+            gists = chain(self, (*batch.earlier, batch.examples))
         for part in (batch, *batch.more):
             alone = gists is None or part.row is None
             prefix = {"adapter": self.answerer} if alone else gists[part.row].before(part.tokens.shape[1], self.answerer)
@@ -152,9 +153,11 @@ class HyperLlama(nn.Module):
     @torch.no_grad()
     def in_full(self, batch) -> Tensor:
         """What the bare base says at the targets with all examples in context: a teacher. [N, V]"""
-        V, rows = self.model.config.vocab, batch.examples.tolist()
-        ends = [max(t for t, token in enumerate(row) if token >= V) for row in rows]  # padding follows the last gist
-        rows = [[token for token in row[:end] if token < V] for row, end in zip(rows, ends)]
+        V, rows = self.model.config.vocab, [[] for _ in batch.examples]
+        for piece in (*batch.earlier, batch.examples):
+            for row, tokens in zip(rows, piece.tolist()):
+                end = max(t for t, token in enumerate(tokens) if token >= V)  # padding follows the last gist
+                row += [token for token in tokens[bool(row) : end] if token < V]  # one BOS is enough
         prefix = read_rows(self.model, rows)[batch.row].before(batch.tokens.shape[1])
         return self.model(batch.tokens, **prefix, select=batch.select)[0]
 
@@ -177,9 +180,9 @@ def combine(hyper: HyperLlama, sets: Sequence[Sequence[int]], way: str = "averag
           "concat"   side by side, each G after the one before
           "chain"    one after the other as in a joint pass: each set sees the gists of those before it
     """
-    if way == "chain":
-        return chain(hyper, sets)
     device, side_by_side = hyper.gists.device, way == "concat"
+    if way == "chain":
+        return chain(hyper, [torch.tensor([row], device=device) for row in sets])
     lengths = torch.tensor([len(row) for row in sets], device=device)
     shift = torch.arange(len(sets), device=device) * side_by_side
     gists = hyper.compress(ragged(sets, device=device), start=(1 + shift) * len(hyper.gists) - lengths)
@@ -190,12 +193,16 @@ def combine(hyper: HyperLlama, sets: Sequence[Sequence[int]], way: str = "averag
     return Gists([(merge(k), merge(v)) for k, v in gists.past], gists.offset[-1:])
 
 
-def chain(hyper: HyperLlama, sets: Sequence[Sequence[int]]) -> Gists:
-    """Piece by piece, so that all the gists together see more than one context. The last stands at len(sets)·G - 1."""
-    start = torch.tensor([len(sets) * len(hyper.gists) - sum(map(len, sets))], device=hyper.gists.device)
+def chain(hyper: HyperLlama, pieces: Sequence[Tensor]) -> Gists:
+    """Piece by piece, so that all the gists together see more than one context. The last stands at len(pieces)·G - 1.
+
+    pieces: as `compress` reads them, each [B, T]
+    """
+    V = hyper.model.config.vocab
+    start = len(pieces) * len(hyper.gists) - sum(p.shape[1] - (p >= V).flip(1).int().argmax(1) for p in pieces)  # [B]
     gists = None
-    for row in sets:
-        more = hyper.compress(torch.tensor([row], device=start.device), start, past=gists)
+    for piece in pieces:
+        more = hyper.compress(piece, start, past=gists)
         past = more.past if gists is None else [(torch.cat(k, 2), torch.cat(v, 2)) for k, v in map(zip, gists.past, more.past)]
         gists, start = Gists(past, more.offset), more.offset
     return gists

@@ -70,7 +70,7 @@ def default_folder(args: argparse.Namespace) -> str:
     for option in ("model", "data"):
         value = getattr(args, option)
         name += f"-{Path(value).name}" * (Path(value).resolve() != Path(getattr(usual, option)).resolve())
-    for option in ("shots", "gists"):
+    for option in ("shots", "gists", "chain"):
         name += f"-{getattr(args, option)}-{option}" * (getattr(args, option) != getattr(usual, option))
     name += "-instruction" * args.instruction_downstream + "-fused" * args.fuse_instruction + "-nf4" * args.quantize
     return f"runs/{name}-seed{args.seed}"

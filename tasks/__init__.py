@@ -138,7 +138,7 @@ def add_options(parser: Parser) -> None:
     add("--limit", type=lambda text: 0 if text == "all" else whole(text), metavar="N", help="rows of a held-out task to score (all)")
     add("--average", type=positive, metavar="N", help="p3: average the gists of N sets of examples")
     add("--concat", type=positive, metavar="N", help="p3: the gists of N sets of examples side by side")
-    add("--chain", type=positive, metavar="N", help="p3: N sets of examples one after the other, each seeing the gists of those before it")
+    add("--chain", type=positive, metavar="N", help="p3, also in training: N sets of examples one after the other, each seeing the gists of those before it")
     add("--score", choices=["sum", "mean"], help="of an option's token log-probabilities (sum)")
     add("--eval-tokens", type=positive, help="tokens in memory at a time when answering, prefixes and padding included (8192)")
 
@@ -191,6 +191,8 @@ def check_options(args: argparse.Namespace, task: ModuleType) -> None:
         raise InputError(f"{further[0]} belongs to a hypernetwork that is trained to compress")
     if args.emit == "lora" and (args.method != "hyper" or args.gists % 2 or args.fuse_instruction or several(args)[0] or task in (prefix, text)):
         raise InputError("--emit lora needs --method hyper and an even number of gists, and goes with nothing that keeps or combines keys and values")
+    if args.chain and (args.reconstruct or args.gists_every):
+        raise InputError("--chain goes with neither --reconstruct nor --gists-every")
     if args.gists_every and (args.fuse_instruction or task is text):
         raise InputError("--gists-every goes with neither --fuse-instruction nor --task hyperpretrain")
     if args.downstream != "frozen" and args.method != "hyper":

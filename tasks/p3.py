@@ -40,7 +40,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> EpisodeBatches:
-    return EpisodeBatches(load(args, formatter, "train"), formatter, args.method, hyper.gist_ids, args.shots, reconstruct=args.reconstruct)
+    tasks, pieces = load(args, formatter, "train"), args.chain or 1
+    return EpisodeBatches(tasks, formatter, args.method, hyper.gist_ids, args.shots, reconstruct=args.reconstruct, pieces=pieces)
 
 
 def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list["Prompt"]:

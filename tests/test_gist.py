@@ -196,7 +196,7 @@ def test_a_fused_prefix_without_examples_equals_full_context():
     hyper = random_hyper("hyper")
     row, query = [1, 5, 9, 33, 50, 51, 52], [7, 8, 11]
     gists = hyper.compress(torch.tensor([row]), kept=torch.tensor([4]))
-    fused, _ = hyper.model(torch.tensor([query]), **gists.before(3), adapter="hyper")
+    fused, _ = hyper.model(torch.tensor([query]), **gists.before(3, "hyper"))
     full, _ = hyper.model(hyper.embed(torch.tensor([row + query])), adapter="hyper")
     torch.testing.assert_close(fused, full[:, len(row) :], atol=1e-5, rtol=1e-5)
 
@@ -264,6 +264,11 @@ def test_a_chain_of_sets_is_the_joint_pass_over_all_of_them():
     assert gists.offset.tolist() == [3 * G]
     two = hyper.model(torch.tensor([query]), **gists.before(len(query)))[0][0]
     torch.testing.assert_close(two, hyper.joint(torch.tensor([sum(SETS, []) + query]))[0, -len(query) :], **TOLERANCE)
+    batch = collate([SETS[2], SETS[0]], [0, 1], [query[:2]] * 2, [query[2:]] * 2, earlier=[[SETS[0], SETS[2]], [SETS[1], SETS[1]]])
+    trained = hyper(batch.to("cpu")).view(2, 2, -1)  # two rows of unequal lengths, as in training
+    for row, sets in zip(trained, (SETS[:1] + SETS[1:], SETS[2:] + SETS[1:2] + SETS[:1])):
+        torch.testing.assert_close(row, hyper.joint(torch.tensor([sum(sets, []) + query]))[0, -3:-1], **TOLERANCE)
+    assert hyper.in_full(batch).shape == (4, 50)
     apart = hyper.model(torch.tensor([query]), **combine(hyper, SETS, "concat").before(len(query)))[0][0]
     assert (two - apart).abs().max() > 1e-3, "each set sees the gists of those before it"
 
@@ -316,7 +321,7 @@ def test_rows_read_as_a_prefix_are_what_comes_before_in_one_row():
     for adapter in (None, "downstream"):
         prefix = read_rows(hyper.model, rows, adapter)
         assert prefix.offset.tolist() == [5, 2, 4]
-        logits, _ = hyper.model(queries, **prefix.before(3), adapter=adapter)
+        logits, _ = hyper.model(queries, **prefix.before(3, adapter))
         for n, row in enumerate(rows):
             whole, _ = hyper.model(torch.tensor([row + queries[n].tolist()]), adapter=adapter)
             torch.testing.assert_close(logits[n], whole[0, len(row) :], **TOLERANCE)

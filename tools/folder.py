@@ -12,7 +12,7 @@ from typing import IO
 
 from llama import InputError
 from lora import write_json
-from tasks import PATHS, WAYS, portable, read_args
+from tasks import COMMON, PATHS, WAYS, portable, read_args
 
 MARK = ".hyperllama"
 UNFINISHED = ".hyperllama-scores"  # files of an evaluation that isn't finished
@@ -39,7 +39,7 @@ def check_writable(out: Path) -> None:
 def check_folder(out: Path, args: argparse.Namespace, resume: bool, overwrite: bool) -> None:
     """Whether a run may write here, and go on with or replace what is there. Changes nothing."""
     if resume:
-        before = read_args(out)
+        before = COMMON | read_args(out)
         for name, value in vars(args).items():
             if before.get(name) != value and name != "threads":
                 raise InputError(f"{out}: --resume with {name} = {value}, but the run has {before.get(name)}")
