@@ -90,14 +90,15 @@ class HyperLlama(nn.Module):
     None is the bare base. With the same set in both, one model does both (Mu et al.'s gisting).
     among: whether gists also stand among the examples; what comes after them then sees the gist mask.
     heads: what makes low-rank updates of the gists, instead of a past of them.
+    spread: whether the positions of the gists are spread evenly over what they compress, rather than after it.
     """
 
     def __init__(
         self, model: Llama, embeddings: Tensor, reader: str | None = "hyper", answerer: str | None = None, among: bool = False,
-        heads: Heads | None = None,
+        heads: Heads | None = None, spread: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.model, self.reader, self.answerer, self.among, self.heads = model, reader, answerer, among, heads
+        self.model, self.reader, self.answerer, self.among, self.heads, self.spread = model, reader, answerer, among, heads, spread
         self.gists = nn.Parameter(embeddings.float().clone())
 
     @property
@@ -111,6 +112,14 @@ class HyperLlama(nn.Module):
         gists = F.embedding((tokens - V).clamp(min=0), self.gists).to(words.dtype)
         return torch.where((tokens >= V)[..., None], gists, words)
 
+    def positions(self, tokens: Tensor) -> Tensor:
+        """Where the tokens of rows stand, counted from their BOS. [B, T]"""
+        if not self.spread:
+            return positions_of(tokens)
+        is_gist, G = tokens >= self.model.config.vocab, len(self.gists)
+        before = is_gist.int().argmax(1, keepdim=True)  # so many tokens are compressed
+        return torch.where(is_gist, before * is_gist.cumsum(1) // G - 1, (~is_gist).cumsum(1) - 1)
+
     def compress(self, tokens: Tensor, start: Tensor | None = None, kept: Tensor | None = None, past: Gists | None = None) -> Gists:
         """First pass. tokens [B, T]: each row BOS, examples, G gists, padding.
 
@@ -123,15 +132,17 @@ class HyperLlama(nn.Module):
         """
         G, B, is_gist = len(self.gists), len(tokens), tokens >= self.model.config.vocab
         at, seen = is_gist.int().argsort(dim=1, descending=True, stable=True)[:, :G], None  # [B, G] where the gists stand
-        start = G - 1 - at[:, -1] if start is None else start
-        end, mask = start + at[:, -1] + 1, gist_mask(is_gist) if self.among else None
+        offset, mask = self.positions(tokens), gist_mask(is_gist) if self.among else None
+        last = offset.gather(1, at[:, -1:])[:, 0]
+        start = G - 1 - last if start is None else start
+        offset, end = start[:, None] + offset, start + last + 1
         if kept is not None:
             lead = torch.arange(int(kept.max()), device=tokens.device).expand(B, -1)
             seen = torch.cat((lead < kept[:, None], torch.ones_like(at, dtype=torch.bool)), dim=1)
             at = torch.cat((lead, at), dim=1)
 
         before = None if past is None else past.past
-        made = self.model.keys_values(self.embed(tokens), at, start, self.reader, before, mask)
+        made = self.model.keys_values(self.embed(tokens), at, offset, self.reader, before, mask)
         if self.heads is not None:  # nothing is left to look at: queries begin at 0
             return Gists([(k[:, :, :0], v[:, :, :0]) for k, v in made], torch.zeros_like(end), None, self.heads(made))
         return Gists(made, end, seen)
@@ -141,9 +152,9 @@ class HyperLlama(nn.Module):
 
         Without examples to compress (batch.examples is None) this is an ordinary language model.
         """
-        gists, logits = None if batch.examples is None else self.compress(batch.examples, kept=batch.kept), []
-        if batch.earlier:
-            gists = chain(self, (*batch.earlier, batch.examples))
+        gists, logits = None, []
+        if batch.examples is not None:
+            gists = chain(self, (*batch.earlier, batch.examples)) if batch.earlier else self.compress(batch.examples, kept=batch.kept)
         for part in (batch, *batch.more):
             alone = gists is None or part.row is None
             prefix = {"adapter": self.answerer} if alone else gists[part.row].before(part.tokens.shape[1], self.answerer)
@@ -169,7 +180,7 @@ class HyperLlama(nn.Module):
         is_gist = tokens >= self.model.config.vocab
         after = (is_gist.flip(1).cumsum(1).flip(1) == 0)[..., None]  # [B, T, 1]
         adapter = {self.reader: ~after, self.answerer: after} if self.reader != self.answerer else self.reader
-        return self.model(self.embed(tokens), adapter=adapter, mask=gist_mask(is_gist))[0]
+        return self.model(self.embed(tokens), offset=self.positions(tokens), adapter=adapter, mask=gist_mask(is_gist))[0]
 
 
 def combine(hyper: HyperLlama, sets: Sequence[Sequence[int]], way: str = "average") -> Gists:
@@ -265,7 +276,7 @@ def build(args: argparse.Namespace, whole: bool = False) -> HyperLlama:
     for name in dict.fromkeys(filter(None, (reader, answerer))):
         add_lora(model, name, args.rank, args.alpha, generator, keys_values_only=name != answerer)
     gists, heads = first_gists(args, model, generator), Heads(model, generator) if args.emit == "lora" else None
-    hyper = HyperLlama(model, gists, reader, answerer, bool(args.gists_every), heads)
+    hyper = HyperLlama(model, gists, reader, answerer, bool(args.gists_every), heads, args.gists_spread)
     hyper.gists.requires_grad_(args.method == "hyper")
     return hyper.requires_grad_(True) if whole else hyper
 

@@ -40,7 +40,7 @@ COMMON = {  # defaults of all tasks; the others are in tasks/*.py
     "words": None, "quantize": False, "dtype": None, "device": None, "seed": 0, "downstream": "frozen", "init": None, "run": None,
     "rank": 8, "alpha": 16, "accumulate": 1, "checkpoint_activations": False, "measure": 0, "save_every": 100,
     "optimizer": "adamw", "held_out": None, "lm": 0.0, "in_order": False, "distill": 0.0, "reconstruct": 0.0, "weight_by_context": False,
-    "gists_every": 0, "emit": "kv", "controls": True, "limit": 0, "score": "sum", "eval_tokens": 8192, "average": None, "concat": None, "chain": None,
+    "gists_every": 0, "gists_spread": False, "emit": "kv", "controls": True, "limit": 0, "score": "sum", "eval_tokens": 8192, "average": None, "concat": None, "chain": None,
 }  # fmt: skip
 MOVABLE = {"model", "data", "device", "dtype"}  # the same model may lie elsewhere later
 WAYS = p3.OPTIONS  # to make one prefix of several sets of examples
@@ -125,6 +125,7 @@ def add_options(parser: Parser) -> None:
     add("--reconstruct", type=number, metavar="WEIGHT", help="add to the loss that of saying the examples again, after their gists")
     add("--weight-by-context", action="store_true", help="weight each target token by how much the full context lowers its loss")
     add("--gists-every", type=whole, metavar="N", help="a part of the gists after every N examples (0: all at the end)")
+    add("--gists-spread", action="store_true", help="the gists' positions spread evenly over what they compress, rather than after it")
     add("--emit", choices=["kv", "lora"], help="what gists become: keys and values, or low-rank updates of the answering model's q_proj and v_proj")
     add("--checkpoint-activations", action="store_true",
         help="compute each layer again for its gradient, rather than keep what it needs: less memory, same bits")  # fmt: skip
@@ -191,6 +192,8 @@ def check_options(args: argparse.Namespace, task: ModuleType) -> None:
         raise InputError(f"{further[0]} belongs to a hypernetwork that is trained to compress")
     if args.emit == "lora" and (args.method != "hyper" or args.gists % 2 or args.fuse_instruction or several(args)[0] or task in (prefix, text)):
         raise InputError("--emit lora needs --method hyper and an even number of gists, and goes with nothing that keeps or combines keys and values")
+    if args.gists_spread and (args.method != "hyper" or args.gists_every or several(args)[0] or task is prefix):
+        raise InputError("--gists-spread goes with no other place for gists, and with one set of examples")
     if args.chain and (args.reconstruct or args.gists_every):
         raise InputError("--chain goes with neither --reconstruct nor --gists-every")
     if args.gists_every and (args.fuse_instruction or task is text):

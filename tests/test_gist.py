@@ -283,6 +283,16 @@ def test_gists_among_the_examples_are_the_joint_pass_too():
     assert (two_passes(hyper, rows)[0] - one_pass(hyper, rows)[0]).abs().max() > 1e-3
 
 
+def test_gists_with_spread_positions_are_the_joint_pass_too():
+    hyper, rows = random_hyper("downstream"), ragged_rows()
+    plain = two_passes(hyper, rows)
+    hyper.spread = True
+    torch.testing.assert_close(two_passes(hyper, rows, fill=7), one_pass(hyper, rows), **TOLERANCE)
+    assert (two_passes(hyper, rows)[0] - plain[0]).abs().max() > 1e-3
+    row = torch.tensor([[1] + words(8, 8) + GIST_IDS + [1, 5]])
+    assert hyper.positions(row).tolist() == [[*range(9), 2, 5, 8, 9, 10]] and hyper.compress(row[:, :-2]).offset.tolist() == [G]
+
+
 # ------------------------------------------------------------------------- other terms of the loss
 
 

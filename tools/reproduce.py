@@ -29,6 +29,7 @@ HELPS = {  # what the literature since then found to help
     "C reconstruct": f"{C} --reconstruct 0.5",
     "HyperLlama both": f"{BASE} --distill 1 --reconstruct 0.5",
     "C gists every 4": f"{C} --gists-every 4",
+    "C gists spread": f"{C} --gists-spread",
     "C distill": f"{C} --distill 1",
     "C chain of 2": f"{C} --chain 2",
     "C emit lora": f"{C} --emit lora --gists 8",
@@ -96,7 +97,7 @@ model's own losses stand beside. The picture shows P3's held-out tasks
 along the way, answered after the gists of 16 examples: no step is taken on any task.""",
     "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the divergence from the base's
 answer with all examples in context; reconstruct: 0.5 × the loss of saying the examples again after the gists; gists every 4: four gists
-after every four examples, rather than all at the end; emit lora: eight gists become low-rank updates, in about as many bytes as the keys and
+after every four examples, rather than all at the end; gists spread: their positions lie evenly over the examples; emit lora: eight gists become low-rank updates, in about as many bytes as the keys and
 values of sixteen; chain of 2: 32 examples, the gists of the second sixteen see those of the first. The teacher of "C distill" is C itself with the examples in context, see its column 16-shot.""",
 }
 
