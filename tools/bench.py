@@ -188,7 +188,16 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def side_by_side(repeats: int, **ways: Callable[[], object]) -> dict[str, float]:
+class Median(float):
+    """Of some times, which it remembers."""
+
+    def __new__(cls, times: list[float]):
+        self = super().__new__(cls, statistics.median(times))
+        self.times = times
+        return self
+
+
+def side_by_side(repeats: int, **ways: Callable[[], object]) -> dict[str, Median]:
     """Median seconds of each way: warmed up once, then taking turns."""
     for function in ways.values():
         function()
@@ -196,7 +205,13 @@ def side_by_side(repeats: int, **ways: Callable[[], object]) -> dict[str, float]
     for _ in range(repeats):
         for name, function in ways.items():
             found[name].append(seconds(function))
-    return {name: statistics.median(times) for name, times in found.items()}
+    return {name: Median(times) for name, times in found.items()}
+
+
+def spread(ratios: list[float], form: str) -> str:
+    """Of the turns, the middle half."""
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return f" ({low:{form}} to {high:{form}})"
 
 
 def status(key: str) -> float:
@@ -240,8 +255,10 @@ def peers(scratch: Path) -> bool:
 Line = list[str]  # what, ours, the other, how often as good
 
 
-def against(what: str, ours: float, other: float, unit: str, digits: int = 2) -> Line:
-    return [what, f"{ours:,.{digits}f} {unit}", f"{other:,.{digits}f} {unit}", f"{other / ours:.2f} ×"]
+def against(what: str, ours: float, other: float, unit: str, digits: int = 2, part: int = 1) -> Line:
+    """part: of so many in each way, the time of one is shown."""
+    each = spread([b / a for a, b in zip(ours.times, other.times)], ".2f") if isinstance(ours, Median) else ""
+    return [what, f"{ours / part:,.{digits}f} {unit}", f"{other / part:,.{digits}f} {unit}", f"{other / ours:.2f} ×{each}"]
 
 
 def step(scratch: Path, repeats: int) -> list[Line]:
@@ -314,13 +331,12 @@ def rank(scratch: Path, repeats: int) -> list[Line]:
 
     torch.testing.assert_close(torch.tensor(kept()), torch.tensor(rows()), atol=2e-2 * (10 if CUDA else 1), rtol=1e-3)
     found = side_by_side(max(1, repeats // 2), gists=gists, kept=kept, rows=rows)
-    each = {way: time / n for way, time in found.items()}
     read = {"gists": len(shots) + G + n * 111, "kept": len(shots) + n * 111, "rows": 4 * n * (len(shots) + 96)}
     speed = {way: f", {read[way] / found[way]:,.0f} tokens/s" for way in read}
     theirs = "transformers, a full row per option" if peers(scratch) else "one full row per option"
     lines = [
-        against(f"ranking 4 options, a query / {theirs}", each["gists"], each["rows"], "s"),
-        against("ranking 4 options, a query / examples in context, read once", each["gists"], each["kept"], "s"),
+        against(f"ranking 4 options, a query / {theirs}", found["gists"], found["rows"], "s", part=n),
+        against("ranking 4 options, a query / examples in context, read once", found["gists"], found["kept"], "s", part=n),
     ]
     for line, way in zip(lines, ("rows", "kept")):
         line[1], line[2] = line[1] + speed["gists"], line[2] + speed[way]
@@ -339,8 +355,13 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
     def ours():
         return generate(hyper.model, prompts, 128, -1, past=gists.past, offset=at_gists)
 
+    weights = [p for name, p in hyper.model.named_parameters() if "embed_tokens" not in name and ".lora." not in name]
+    memory = torch.ones(1 << 28, device=DEVICE, dtype=DTYPE)
+    read = side_by_side(repeats, ours=ours, plain=lambda: memory.sum().item())
+    rates = 128 * sum(p.numel() * p.element_size() for p in weights) / read["ours"], memory.numel() * memory.element_size() / read["plain"]
+    reading = ["weights read while generating / a plain sum over memory", *(f"{rate / 1e9:.1f} GB/s" for rate in rates), f"{rates[0] / rates[1]:.0%}"]
     if not peers(scratch):
-        return [["generating 8 × 128 tokens", f"{side_by_side(repeats, ours=ours)['ours']:.2f} s", NEEDS_PEERS, ""]]
+        return [["generating 8 × 128 tokens", f"{read['ours']:.2f} s", NEEDS_PEERS, ""], reading]
     from transformers import DynamicCache
 
     peft = their_model(scratch).eval()
@@ -360,7 +381,7 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
         raise InputError(f"bench: only {agree:.0%} of the generated tokens are the same")
     found = side_by_side(repeats, ours=ours, theirs=theirs)
     peft.train()
-    return [against("generating 8 × 128 tokens / transformers.generate", found["ours"], found["theirs"], "s")]
+    return [against("generating 8 × 128 tokens / transformers.generate", found["ours"], found["theirs"], "s"), reading]
 
 
 def limit(scratch: Path, repeats: int) -> list[Line]:
@@ -385,7 +406,9 @@ def limit(scratch: Path, repeats: int) -> list[Line]:
     hidden = (c.layers - 1) * 2 * T * T * c.heads * c.head_size
     achieved = (2 * (base - hidden) + 3 * (all_ - base)) / found["hyper_pass"] / 1e9
     plain = 20 * 2 * T * c.width * c.hidden / found["product"] / 1e9
-    return [["hyper pass, forward and backward / a matrix product", f"{achieved:,.0f} GFLOP/s", f"{plain:,.0f} GFLOP/s", f"{achieved / plain:.0%}"]]
+    turns = [achieved / plain * found["hyper_pass"] / found["product"] * b / a for a, b in zip(found["hyper_pass"].times, found["product"].times)]
+    share = f"{achieved / plain:.0%}{spread(turns, '.0%')}"
+    return [["hyper pass, forward and backward / a matrix product", f"{achieved:,.0f} GFLOP/s", f"{plain:,.0f} GFLOP/s", share]]
 
 
 def bfloat16(scratch: Path, repeats: int) -> list[Line]:
