@@ -103,6 +103,8 @@ def main() -> None:
     add_places(parser)
     typed = vars(parser.parse_args())
     if typed.pop("real", False):
+        if typed:
+            raise InputError("--real takes nothing else")
         print_needs()
         return
     if "folder" not in typed:
