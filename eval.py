@@ -307,41 +307,51 @@ def prepare(run: Run, tasks: Sequence[Task]) -> HeldOut:
     return HeldOut(tasks, episodes, left_out, shots)
 
 
-def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int | None = None, out: Path | None = None) -> dict[str, list[list[float]]]:
-    """The mean score: column -> task -> draw. What is asked and answered in the same way is scored once.
+Item = tuple[str, int, int]  # column, task, draw of examples
 
-    Under torchrun, the work is divided among the processes. out: a folder that keeps what is done until all is, so that
-    an evaluation that was interrupted goes on.
-    """
-    episodes, (rank, world) = held_out.episodes[:draws], processes()
 
-    def read(name: str, t: int, n: int) -> tuple:  # what a column reads: the queries, and what its prefix is made of
-        draw, column = episodes[n], table[name]
+def originals(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int) -> dict[Item, Item]:
+    """What has to be scored for each item: the first column that asks and answers in the same way, and the first draw that
+    says the same. (With a frozen model, no prefix is 0-shot; and 0-shot reads no examples.)"""
+
+    def read(column: Column, t: int, n: int) -> tuple:  # what a column reads: the queries, and what its prefix is made of
+        draw = held_out.episodes[n]
         return [episode.queries for episode in draw[t]], column.drawn and (draw[t], column.other and draw[held_out.other(t)])
 
-    numbers = [(t, n) for t in range(len(held_out.tasks)) for n in range(len(episodes))]
+    numbers = [(t, n) for t in range(len(held_out.tasks)) for n in range(draws)]
     first = {name: twin(run, held_out, table, name) for name in table}
-    same = {(name, t, n): (first[name], t, n if n and read(name, t, n) != read(name, t, 0) else 0) for t, n in numbers for name in table}
-    work = list(dict.fromkeys(same.values()))
-    kept = out and f"{UNFINISHED}-{fingerprint(run, held_out)}"
-    found = {tuple(item): score for path in out.glob(f"{kept}-*") for item, score in read_lines(path)} if kept and rank == 0 else {}
-    found = everybodys(found)
-    mine = [item for item in work if item not in found][rank::world]
-    with open(out / f"{kept}-{rank}" if kept else os.devnull, "a") as file, tqdm(desc="evaluating", unit="query", leave=False, disable=rank > 0) as bar:
-        bar.reset(sum(held_out.sizes[t] for _, t, _ in mine))
-        for name, t, n in mine:
-            found[name, t, n] = statistics.fmean(score(run, table[name], episodes[n][t], episodes[n][held_out.other(t)], t))
-            file.write("\n" + json.dumps([[name, t, n], found[name, t, n]]))
-            file.flush()
-            bar.update(held_out.sizes[t])
-    found = everybodys(found)
-    return {name: [[found[same[name, t, n]] for n in range(len(episodes))] for t in range(len(held_out.tasks))] for name in table}
+    return {(name, t, n): (first[name], t, n * (read(column, t, n) != read(column, t, 0))) for t, n in numbers for name, column in table.items()}
 
 
 def twin(run: Run, held_out: HeldOut, table: dict[str, Column], name: str) -> str:
     """The first column that asks and answers as this one does."""
     instructed = any(episode.instruction for task in held_out.episodes[0] for episode in task)
     return next(other for other in table if table[other].same(run, table[name], instructed))
+
+
+def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int | None = None, out: Path | None = None) -> dict[str, list[list[float]]]:
+    """The mean score: column -> task -> draw. Under torchrun, the work is divided among the processes.
+
+    out: a folder that keeps what is done until all is, so that an evaluation that was interrupted goes on.
+    """
+    draws, (rank, world) = draws or len(held_out.episodes), processes()
+    same = originals(run, held_out, table, draws)
+    kept, found = out and f"{UNFINISHED}-{fingerprint(run, held_out)}", {}
+    for path in out.glob(f"{kept}-*") if out and rank == 0 else ():
+        with reading(path, "not scores of ours"):
+            found |= {tuple(item): 1.0 * score for item, score in read_lines(path)}
+    found = everybodys(found)
+    mine = [item for item in dict.fromkeys(same.values()) if item not in found][rank::world]
+    with open(out / f"{kept}-{rank}" if out else os.devnull, "a") as file, tqdm(desc="evaluating", unit="query", leave=False, disable=rank > 0) as bar:
+        bar.reset(sum(held_out.sizes[t] for _, t, _ in mine))
+        for name, t, n in mine:
+            draw = held_out.episodes[n]
+            found[name, t, n] = statistics.fmean(score(run, table[name], draw[t], draw[held_out.other(t)], t))
+            file.write("\n" + json.dumps([[name, t, n], found[name, t, n]]))
+            file.flush()
+            bar.update(held_out.sizes[t])
+    found = everybodys(found)
+    return {name: [[found[same[name, t, n]] for n in range(draws)] for t in range(len(held_out.tasks))] for name in table}
 
 
 def fingerprint(run: Run, held_out: HeldOut) -> str:
