@@ -339,7 +339,7 @@ def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int 
     kept, found = out and f"{UNFINISHED}-{fingerprint(run, held_out)}", {}
     for path in out.glob(f"{kept}-*") if out and rank == 0 else ():
         with reading(path, "not scores of ours"):
-            found |= {tuple(item): 1.0 * score for item, score in read_lines(path)}
+            found |= {(str(name), int(t), int(n)): score for (name, t, n), score in read_lines(path) if 0 <= score <= 100}
     found = everybodys(found)
     mine = [item for item in dict.fromkeys(same.values()) if item not in found][rank::world]
     with open(out / f"{kept}-{rank}" if out else os.devnull, "a") as file, tqdm(desc="evaluating", unit="query", leave=False, disable=rank > 0) as bar:
@@ -487,7 +487,7 @@ def final_results(run: Run, held_out: HeldOut | None, before: float | None, out:
     results |= {"before": before, "args": portable(run.args)}
     if processes()[0] == 0:
         write_json(out / "results.json", results)  # first of all: what is printed may go nowhere
-        for path in out.glob(f"{UNFINISHED}-*"):
+        for path in out.glob(f"{UNFINISHED}-{fingerprint(run, held_out)}-*") if held_out else ():
             path.unlink()
         print_lines(lines)
     return results
@@ -512,8 +512,9 @@ def check_results(out: Path, args: argparse.Namespace, folder: Path | None) -> N
         raise InputError(f"--out {out}: holds another run, whose results would be replaced")
     with reading(path, "would be replaced, and is not a result of ours"):
         before = json.loads(path.read_text())["args"] if path.exists() else portable(args)
-        if any(before[name] != portable(args)[name] for name in ("task", "method", "model")[: 2 if folder else 3]):
-            raise InputError(f"--out {out}: holds the results of another model or task, which would be replaced")
+        for name in before.keys() - EVALUATION - {"threads"} - (MOVABLE if folder else {"device", "dtype"}):
+            if before[name] != portable(args).get(name):
+                raise InputError(f"--out {out}: holds other results, with --{name.replace('_', '-')} {before[name]}, which would be replaced")
 
 
 def main() -> None:

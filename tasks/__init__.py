@@ -64,7 +64,7 @@ def whole(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def path(text: str) -> str:
+def a_name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("an empty name")
     return text
@@ -84,8 +84,8 @@ def number(text: str) -> float:
 def add_places(parser: Parser) -> None:
     """What may differ later from what a run was made with (MOVABLE)."""
     add = parser.add_argument
-    add("--model", type=path, metavar="DIR", help="checkpoint: a Hugging Face or Meta folder (default: a tiny one)")
-    add("--data", type=path, metavar="DIR", help="the task's data (default: the miniature's)")
+    add("--model", type=a_name, metavar="DIR", help="checkpoint: a Hugging Face or Meta folder (default: a tiny one)")
+    add("--data", type=a_name, metavar="DIR", help="the task's data (default: the miniature's)")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
     add("--device", help="default: cuda where there is one, else cpu")
 
@@ -103,14 +103,14 @@ def add_options(parser: Parser) -> None:
     add("--instruction-downstream", action="store_true", help="sni: the definition also in the query (the paper's I)")
     add("--fuse-instruction", action="store_true",
         help="sni: the definition's own keys and values stay in the prefix beside the gists (HINT)")  # fmt: skip
-    add("--words", type=path, metavar="FILE", help="symbol: words to use as labels (default: the tokenizer's whole words)")
+    add("--words", type=a_name, metavar="FILE", help="symbol: words to use as labels (default: the tokenizer's whole words)")
     add("--quantize", action="store_true", help="hold the base in NF4")
     add("--seed", type=whole)
     add("--downstream", choices=["frozen", "lora", "shared"], help="the model that answers: frozen; "
         "with a LoRA set of its own (the paper's D); with the hypernetwork's set (Mu et al.'s gisting)")  # fmt: skip
     add("--init", choices=prefix.INITS, help="prefix: what a prefix starts from: gists of --run; a prefix tuned on the training "
         "tasks; random numbers; an MLP; the examples' first tokens; slots that pass through the layers")  # fmt: skip
-    add("--run", type=path, metavar="DIR", help="a finished run to start from (--init hyper: its hypernetwork)")
+    add("--run", type=a_name, metavar="DIR", help="a finished run to start from (--init hyper: its hypernetwork)")
     add("--rank", type=positive, help="LoRA rank (8)")
     add("--alpha", type=number, help="LoRA scale (16)")
     add("--steps", type=positive, help="optimizer steps")
@@ -130,7 +130,7 @@ def add_options(parser: Parser) -> None:
     add("--checkpoint-activations", action="store_true",
         help="compute each layer again for its gradient, rather than keep what it needs: less memory, same bits")  # fmt: skip
     add("--measure", type=whole, metavar="N", help="score the held-out tasks before training and about N times along the way (miniature: p3 4, hyperpretrain 7, prefix 10; else never)")
-    add("--held-out", type=path, metavar="DIR", help="hyperpretrain: P3 folder whose held-out tasks --measure scores (default: the miniature's)")
+    add("--held-out", type=a_name, metavar="DIR", help="hyperpretrain: P3 folder whose held-out tasks --measure scores (default: the miniature's)")
     add("--save-every", type=positive, metavar="STEPS", help="steps between checkpoints (100)")
     # How to evaluate: these may differ between a run and its later evaluation (EVALUATION).
     add("--controls", action=argparse.BooleanOptionalAction,
@@ -274,6 +274,8 @@ def open_run(args: argparse.Namespace, folder: Path | None = None) -> Run:
             f"--context {args.context} + --query-length {args.query_length}{' + an answer' * bool(answer)} "
             f"exceed the {config.max_positions} positions of {args.model}"
         )
+    if args.gists * max(args.concat or 1, args.chain or 1) + args.query_length + answer > config.max_positions:
+        raise InputError(f"--concat or --chain: so many gists and a query exceed the {config.max_positions} positions of {args.model}")
     if args.method == "fewshot" and args.context <= args.query_length:
         raise InputError(f"--context {args.context} must be longer than --query-length {args.query_length}")
     if args.context < args.gists + ROOM_FOR_EXAMPLES:

@@ -6,6 +6,7 @@ highest log-probability; the mean over a dataset's prompts, then over datasets (
 
 import argparse
 import random
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,11 @@ def find_split(folder: Path, split: str) -> list[Path]:
         kind = file_kind(path)
         if kind:
             files.setdefault(kind, []).append(path)
-    return files[next(iter(files))] if files else []  # the same split in two formats: read one
+    paths = files[next(iter(files))] if files else []  # the same split in two formats: read one
+    for count in {match[1] for path in paths if (match := re.search(r"-of-(\d+)", path.name))}:
+        if sum(f"-of-{count}" in path.name for path in paths) != int(count):
+            raise InputError(f"{folder}: not all of the {int(count)} files of the {split} split are here")
+    return paths
 
 
 class Split(Sequence):

@@ -53,6 +53,8 @@ def check(args: argparse.Namespace) -> None:
         folder, before = Path(args.run), read_args(Path(args.run))
         if not (folder / "adapters.safetensors").exists() or (before["task"], before["method"]) != ("p3", "hyper"):
             raise InputError(f"--run {folder}: not a finished hypernetwork for P3")
+        if before.get("emit", "kv") != "kv":
+            raise InputError(f"--run {folder}: makes low-rank updates, and a prefix starts from keys and values")
         if before["gists"] != args.gists or Path(before["model"]).resolve() != Path(args.model).resolve():
             raise InputError(f"--run {folder}: has {before['gists']} gists and the model {before['model']}, other than this run")
 

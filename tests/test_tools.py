@@ -66,6 +66,16 @@ def test_own_examples_may_come_from_a_pipe(tmp_path, hypernetwork):
     assert piped == file and "2 examples" in file
 
 
+def test_an_export_replaces_nothing_of_anybodys(tmp_path, hypernetwork):
+    (tmp_path / "hyper").mkdir()
+    (tmp_path / "hyper" / "adapter_config.json").write_text('{"mine": 1}')
+    assert "isn't replaced" in run(hypernetwork, "--out", tmp_path, program="export", status=2).stderr
+    assert (tmp_path / "hyper" / "adapter_config.json").read_text() == '{"mine": 1}'
+    assert "folder of a run" in run(hypernetwork, "--out", hypernetwork, program="export", status=2).stderr
+    for _ in range(2):  # an earlier export may be replaced
+        run(hypernetwork, "--out", tmp_path / "new", program="export")
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--save", "f"], "either --examples FILE or --gists FILE"), (["--gists", "g", "--save", "f"], "--save needs --examples"),
     (["--examples", "a", "--gists", "b"], "either --examples"), (["--input", "x"], "either --examples"), ([], "either --examples"),

@@ -388,16 +388,22 @@ def test_an_interrupted_or_divided_evaluation_has_the_same_numbers(tmp_path, hyp
 
     monkeypatch.setattr(evaluation, "score", some)
     run(*asked, "--out", tmp_path / "cut", program="eval", status=130)
-    with open(next((tmp_path / "cut").glob(".hyperllama-scores-*")), "a") as file:
+    kept = next((tmp_path / "cut").glob(".hyperllama-scores-*"))
+    with open(kept, "a") as file:
         file.write('\n[["main", 0')  # a line that was torn
     run(*asked, "--out", tmp_path / "cut", program="eval")
     before = len(asks)
     run(*asked, "--out", tmp_path / "again", program="eval")
     assert before - 8 + 7 == len(asks) - before  # what was scored isn't scored again
     torchrun(2, *asked, "--out", tmp_path / "two", program=ROOT / "eval.py")
-    results = [json.loads((tmp_path / out / "results.json").read_text()) | {"seconds": 0} for out in ("whole", "cut", "two")]
+    for line, message in (("5", "not scores of ours"), ('[["main", 0, 0], "abc"]', "not scores of ours"), ('[["main", 0, 0], 500]', None)):
+        (tmp_path / "crafted").mkdir(exist_ok=True)
+        (tmp_path / "crafted" / kept.name).write_text(line)
+        ended = run(*asked, "--out", tmp_path / "crafted", program="eval", status=2 if message else 0)
+        assert message is None or message in ended.stderr
+    results = [json.loads((tmp_path / out / "results.json").read_text()) | {"seconds": 0} for out in ("whole", "cut", "two", "crafted")]
     results = [result | {"args": result["args"] | {"threads": 0}} for result in results]
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1] == results[2] == results[3]
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["results.json"]
 
 
@@ -708,14 +714,15 @@ def test_a_run_folder_may_be_a_link_or_the_folder_we_are_in(tmp_path, monkeypatc
 def test_results_are_kept_where_nothing_can_be_printed(tmp_path):
     out = tmp_path / "run"
     train(out, "--steps", "1")
-    for redirect in (">&-", "> /dev/full", "2>&- >&-"):
+    for redirect, status in ((">&-", 0), ("> /dev/full", 2), ("2>&- >&-", 0)):
         (out / "results.json").unlink()
-        subprocess.run(f"{sys.executable} eval.py {out} --limit 2 --sets 1 --no-controls {redirect}", shell=True, cwd=ROOT, capture_output=True)
+        done = subprocess.run(f"{sys.executable} eval.py {out} --limit 2 --sets 1 --no-controls {redirect}", shell=True, cwd=ROOT, capture_output=True)
+        assert done.returncode == status and (b"stdout can't be written" in done.stderr) == (status == 2)
         assert json.loads((out / "results.json").read_text())["average"] >= 0
-    for redirect in ("2> /dev/full", "2>&1 | head -c 20"):  # no bar can be drawn: the run goes on
-        command = f"{sys.executable} train.py --task p3 {' '.join(SHORT)} --steps 2 --no-controls --out {tmp_path / redirect[-2:]} {redirect}"
+    for redirect in ("> /dev/full", "2> /dev/full", "2>&1 | head -c 20"):  # no bar can be drawn: the run goes on
+        command = f"{sys.executable} train.py --task p3 {' '.join(SHORT)} --steps 2 --no-controls --out {tmp_path / str(len(redirect))} {redirect}"
         subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        assert (tmp_path / redirect[-2:] / "results.json").exists()
+        assert (tmp_path / str(len(redirect)) / "results.json").exists()
     ascii_terminal = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "eval.py", out, "--limit", "2", "--sets", "2", "--no-controls"], cwd=ROOT, env=ascii_terminal, capture_output=True)
     assert done.returncode == 0 and b" ? " in done.stdout  # the plus-minus sign

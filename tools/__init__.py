@@ -56,12 +56,14 @@ def run_command(main: Callable[[], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± shows a question mark
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Stream(sys.stdout, BrokenPipeError), Stream(sys.stderr, OSError)
-    default = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    default = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
         sys.stdout.flush()
-        return
+        if sys.stdout.problem is None or isinstance(sys.stdout.problem, BrokenPipeError):  # head, for instance, has seen enough
+            return
+        message, status = f"error: what was to be shown is lost, stdout can't be written ({sys.stdout.problem.strerror})", 2
     except (InputError, OSError) as problem:  # OSError: a full disk, a folder taken away
         message, status = f"error: {problem}", 2
     except ImportError as problem:
@@ -74,19 +76,28 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     finally:
-        signal.signal(signal.SIGTERM, default)
+        for kind, handler in default.items():
+            if signal.getsignal(kind) is interrupt:
+                signal.signal(kind, handler)
         sys.stdout, sys.stderr = streams
-    Stream(sys.stdout, OSError).flush()
+    Stream(sys.stdout).flush()
     if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # of several processes, one speaks
-        print(" ".join(message.split("\n")), file=Stream(sys.stderr, OSError))
+        print(" ".join(message.split("\n")), file=Stream(sys.stderr))
     sys.exit(status)
 
 
-class Stream:
-    """stdout or stderr. When it can't be written to any more (head has seen enough), the command goes on without it."""
+def interrupt(*_) -> None:
+    """Ctrl-C and SIGTERM; what follows the first one doesn't disturb the way out."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
-    def __init__(self, stream: TextIO, lost: type[OSError]):
-        self.stream, self.lost = stream, lost
+
+class Stream:
+    """stdout or stderr. When it can't be written to any more, the command goes on without it."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.problem = stream, None
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -100,7 +111,8 @@ class Stream:
     def until_lost(self, do: Callable, *args):
         try:
             return do(*args)
-        except self.lost:
+        except OSError as problem:
+            self.problem = problem
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

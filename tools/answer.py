@@ -8,6 +8,7 @@
 import hashlib
 import os
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,13 +16,13 @@ import torch
 
 from data import PLAIN, Episode, Example, report
 from eval import ask, score_options, write_answers
-from gist import Gists, load_gists, save_gists
+from gist import Gists, combine, load_gists, save_gists
 from llama import InputError, reading
 from lora import load_tensors
-from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle
+from tasks import TASKS, Parser, Run, add_places, a_name, open_run, read_args, settle, several
 from tasks.rows import as_text, parse_line
 from tools import run_command
-from tools.export import export
+from tools.export import check_export, export
 
 
 def belongs_to(run: Run, folder: Path) -> dict[str, str]:
@@ -50,18 +51,23 @@ def compress_examples(run: Run, path: Path) -> Gists:
     examples = [Example(*(as_text(row.get(field), f"{where}: {field}") for field in ("input", "output"))) for where, row in rows.items()]
     if not examples:
         raise InputError(f"{path}: holds no examples")
-    row = run.formatter.context_row(Episode([], examples, layout(run)), run.hyper.gist_ids)
-    left_out = row.left_out["shots left out"]
+    way, sets = several(run.args)  # a run that was trained with --chain is given its pieces
+    rows = [run.formatter.context_row(piece, run.hyper.gist_ids) for piece in Episode([], examples, layout(run)).split(sets)]
+    unread = sum((row.left_out for row in rows), Counter())
+    left_out = unread["shots left out"]
     if left_out == len(examples):
         raise InputError(f"{path}: no example fits into {run.args.context} tokens")
     if left_out:
-        print(report(row.left_out), file=sys.stderr)
-    gists = run.hyper.compress(torch.tensor([row.tokens], device=run.device))
-    size = sum(x.numel() * x.element_size() for layer in gists.past for x in layer)
-    count = len(run.hyper.gists)
-    read = len(row.tokens) - count
-    print(f"{len(examples) - left_out} examples, {read} tokens, became {count} gists: keys and values of {size:,} bytes "
-          f"instead of {size // count * read:,}, {read / count:.0f} times as many")  # fmt: skip
+        print(report(unread), file=sys.stderr)
+    tokens = [row.tokens for row in rows]
+    gists = combine(run.hyper, tokens, way) if way else run.hyper.compress(torch.tensor(tokens, device=run.device))
+    count, read, c = sets * len(run.hyper.gists), sum(map(len, tokens)) - sets * len(run.hyper.gists), run.hyper.model.config
+    what = f"{len(examples) - left_out} examples, {read} tokens, became {count} gists"
+    if gists.updates:
+        print(f"{what}: low-rank updates of {sum(x.numel() for pair in gists.updates.values() for x in pair):,} numbers")
+        return gists
+    a_token = 2 * c.layers * c.kv_heads * c.head_size * gists.past[0][0].element_size()
+    print(f"{what}: keys and values of {a_token * count:,} bytes instead of {a_token * read:,}, {read / count:.0f} times as many")
     return gists
 
 
@@ -85,9 +91,9 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", metavar="RUN", help="folder of a finished run with a hypernetwork")
-    add("--examples", metavar="FILE", help="compress own examples (.jsonl: input, output; a pipe will do)")
-    add("--save", metavar="FILE", help="keep their gists (.safetensors)")
-    add("--gists", metavar="FILE", help="answer after gists that were kept")
+    add("--examples", type=a_name, metavar="FILE", help="compress own examples (.jsonl: input, output; a pipe will do)")
+    add("--save", type=a_name, metavar="FILE", help="keep their gists (.safetensors)")
+    add("--gists", type=a_name, metavar="FILE", help="answer after gists that were kept")
     add("--input", metavar="TEXT", help="what to answer (default: each line of stdin)")
     add("--options", metavar="A,B,…", help="answers to choose from (default: the model writes its own)")
     add_places(parser)
@@ -108,7 +114,9 @@ def main() -> None:
         raise InputError(f"--save: {folder} makes low-rank updates, and what is saved are keys and values")
     if args.method != "hyper" or not (folder / "adapters.safetensors").exists() or hasattr(TASKS[args.task], "start"):
         raise InputError(f"{folder}: has no hypernetwork to compress examples with")
-    run = open_run(args, folder)
+    run, adapter = open_run(args, folder), Path(f"{Path(save or 'gists').with_suffix('')}-adapter")
+    if save and run.hyper.answerer:
+        check_export(adapter, "--save")
     if examples:
         gists = compress_examples(run, Path(examples))
     else:
@@ -117,7 +125,7 @@ def main() -> None:
         save_gists(Path(save), gists, belongs_to(run, folder))
         print(f"saved as {save}, {Path(save).stat().st_size:,} bytes")
         if run.hyper.answerer:  # elsewhere, the prefix needs the set that answers after it
-            export(run, run.hyper.answerer, Path(f"{Path(save).with_suffix('')}-adapter"))
+            export(run, run.hyper.answerer, adapter)
     if text is not None:
         print(answer(run, gists, as_text(text, "--input"), choices))
     elif not save:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eval import ask
 from llama import Config, InputError
-from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle
+from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle, several
 from tools import print_lines, run_command
 
 TINYLLAMA = Config(32000, 2048, 22, 32, 4, 64, 5632, 1e-5, 10000.0, 2048)
@@ -111,6 +111,8 @@ def main() -> None:
         raise InputError("name a RUN, or --real")
     folder = Path(typed.pop("folder"))
     args = settle(typed, read_args(folder))
+    if args.method != "hyper" or several(args)[0] or args.fuse_instruction:
+        raise InputError(f"{folder}: what is counted are the gists of one set of examples, and nothing beside them")
     if not hasattr(TASKS[args.task], "load"):
         raise InputError(f"{folder}: has no tasks with examples to count")
     print_cost(open_run(args, folder))

@@ -6,15 +6,17 @@ Each folder holds adapter_model.safetensors and adapter_config.json: PeftModel.f
 A saved prefix (tools.answer --save) needs no adapter with a frozen downstream model; otherwise it comes with one.
 """
 
+import json
 from pathlib import Path
 
 import torch
 
 from gist import trained
-from llama import InputError
+from llama import InputError, reading
 from lora import linears, save_tensors, write_json
 from tasks import Parser, Run, add_places, open_run, read_args, settle
 from tools import run_command
+from tools.folder import MARK
 
 
 def export(run: Run, name: str, folder: Path) -> None:
@@ -36,6 +38,15 @@ def export(run: Run, name: str, folder: Path) -> None:
     print(f"written: {folder}")
 
 
+def check_export(folder: Path, name: str) -> None:
+    """InputError where something other than an earlier export would be replaced. name: of the option."""
+    path = folder / "adapter_config.json"
+    theirs = folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {path.name, "adapter_model.safetensors"})
+    with reading(path, "would be replaced"):
+        if theirs or path.exists() and json.loads(path.read_text()).get("peft_type") != "LORA":
+            raise InputError(f"{name}: {folder} holds something else, which isn't replaced")
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
@@ -47,6 +58,10 @@ def main() -> None:
     names = sorted({name.split(".lora.")[1].split(".")[0] for name in trained(run.hyper) if ".lora." in name})
     if not names:
         raise InputError(f"{folder}: has no LoRA sets")
+    if (out / MARK).exists():
+        raise InputError(f"--out {out}: is the folder of a run")
+    for name in names:
+        check_export(out / name, "--out")
     for name in names:
         export(run, name, out / name)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data import Episode
 from eval import BASELINES, MAIN, Column, score
 from llama import InputError
-from tasks import TASKS, Parser, Run, add_places, open_run, positive, read_args, settle
+from tasks import TASKS, Parser, Run, add_places, open_run, positive, read_args, settle, several
 from tools import print_lines, run_command
 from tools.report import picture, write_picture
 
@@ -65,6 +65,8 @@ def main() -> None:
     folder, sets = Path(typed.pop("folder")), typed.pop("sets", 5)
     out = picture(Path(typed.pop("out", folder / "probe.png")))
     args = settle(typed, read_args(folder))
+    if several(args)[0]:
+        raise InputError(f"{folder}: its prefixes are made of several sets of examples; what is probed is one")
     if args.method != "hyper" or not hasattr(TASKS[args.task], "load") or hasattr(TASKS[args.task], "start"):
         raise InputError(f"{folder}: not the run of a hypernetwork with tasks")
     found = probe(open_run(args, folder), sets)

@@ -15,7 +15,7 @@ import torch
 from eval import TITLES, spread
 from gist import gist_mask
 from llama import InputError, reading
-from tasks import TASKS, Parser, read_args
+from tasks import COMMON, EVALUATION, MOVABLE, TASKS, WAYS, Parser, read_args
 from tools import run_command
 
 TEXT_TITLES = {"zeroshot": "without, before", "fewshot": "A D in full, before", "no_prefix": "without, after", "in_full": "A D in full, after"}
@@ -36,8 +36,10 @@ def compare(rows: list[Path]) -> str:
     """A table in Markdown of the runs in some folders: a line per folder, mean ± standard deviation over its runs."""
     table: dict[str, dict[str, list[float]]] = {}
     metrics = set()
+    rows = list(dict.fromkeys(row.resolve() for row in rows))
     for row in rows:
-        values = table.setdefault(row.name.replace("_", " "), {})
+        name = row.name if [other.name for other in rows].count(row.name) == 1 else str(row)
+        values = table.setdefault(name.replace("_", " "), {})
         paths = sorted(row.glob("*/results.json"))
         if not paths:
             raise InputError(f"{row}: holds no runs with results.json")
@@ -75,10 +77,12 @@ def compare(rows: list[Path]) -> str:
 def curves(runs: list[Path], by: str | None) -> tuple[dict[tuple[str, str], dict[float, list[float]]], str, dict]:
     """What to draw: (run's name, column) -> x -> values of all runs; what the values are; the options of the last run."""
     points: dict[tuple[str, str], dict[float, list[float]]] = {}  # (run's name, column) -> x -> values
-    kinds = set()
-    for run in runs:
-        args = read_args(run)
+    kinds, options = set(), [COMMON | read_args(run) for run in runs]
+    named = {"task", "method", "downstream", "init", "seed", "threads", "run", by} | MOVABLE | EVALUATION - {*WAYS}
+    differs = [name for name in options[0] if name not in named and len({str(args.get(name)) for args in options}) > 1]
+    for run, args in zip(runs, options):
         name = args.get("init") or f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
+        name += "".join(f", {option.replace('_', ' ')} {args.get(option)}" for option in differs)
         with reading(run, "has no readable results or log"):
             if by:
                 results = json.loads((run / "results.json").read_text())
