@@ -96,9 +96,11 @@ seed. Share kept is against the model before training, and exceeds 100 % because
 model's own losses stand beside. The picture shows P3's held-out tasks
 along the way, answered after the gists of 16 examples: no step is taken on any task.""",
     "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the divergence from the base's
-answer with all examples in context; reconstruct: 0.5 × the loss of saying the examples again after the gists; gists every 4: four gists
-after every four examples, rather than all at the end; gists spread: their positions lie evenly over the examples; emit lora: eight gists become low-rank updates, in about as many bytes as the keys and
-values of sixteen; chain of 2: 32 examples, the gists of the second sixteen see those of the first. The teacher of "C distill" is C itself with the examples in context, see its column 16-shot.""",
+answer with all examples in context; reconstruct: 0.5 × the loss of saying the examples again after the gists; both: these two; gists
+every 4: four gists after every four examples, rather than all at the end; gists spread: their positions lie evenly over the examples;
+emit lora: eight gists become low-rank updates, in about as many bytes as the keys and values of sixteen; chain of 2: 32 examples, the
+gists of the second sixteen see those of the first. The teacher of "C distill" is C itself with the examples in context, see its column
+16-shot. Seconds above 300 were taken beside other work on the same cores, and are too many.""",
 }
 
 
