@@ -36,6 +36,15 @@ def all_of(folder, split="train"):
 # ------------------------------------------------------------------------------------ rows of files
 
 
+def test_a_split_must_have_all_its_files(tmp_path):
+    for number in (0, 2):
+        write_jsonl(tmp_path / f"train.jsonl-0000{number}-of-00003", [("a", "b", ["b", "c"])])
+    with pytest.raises(InputError, match="not all of the 3 files of the train split"):
+        Split(tmp_path, "train")
+    write_jsonl(tmp_path / "train.jsonl-00001-of-00003", [("a", "b", ["b", "c"])])
+    assert len(Split(tmp_path, "train")) == 3
+
+
 def test_tfrecord_and_jsonl_hold_the_same_examples(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
