@@ -1,4 +1,4 @@
-"""Training: one step, the loop, the folder of a run.
+"""Training: one step, the loop, the log and the state of a run (whose folder is looked after by tools/folder.py).
 
     python train.py --task p3                                             the miniature, on two CPU cores
     python train.py --task p3 --model Llama-2-7b-hf --data P3 --quantize  the paper's
