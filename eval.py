@@ -52,8 +52,12 @@ def score_options(
         for number, option in enumerate(choices, 1):
             here = range(len(row), len(row) + len(option) - 1)  # its last token predicts nothing, and is left out
             predictors += [n * T + len(prompt) - 1, *(n * T + t for t in here)]
-            row, branch, place = row + [*option[:-1]], branch + [number for _ in here], place + [len(prompt) + i for i in range(len(here))]
-        rows, branches, places = [*rows, row], [*branches, branch], [*places, place]
+            row += option[:-1]
+            branch += [number] * len(here)
+            place += range(len(prompt), len(prompt) + len(here))
+        rows.append(row)
+        branches.append(branch)
+        places.append(place)
     select, at = torch.tensor(predictors, device=device).unique(return_inverse=True)  # the prompt's end predicts for all options
     tokens, branch, place = ragged(rows, device=device), ragged(branches, -1, device), ragged(places, device=device)
 

@@ -198,10 +198,8 @@ def text_of(data: mmap.mmap | bytes, start: int, stop: int, path: Path) -> str:
     try:
         return as_text(parse_line(data[start:stop], "").get("text"), "text")
     except InputError as problem:  # only now are lines counted
-        raise InputError(f"{path}: line {data[:start].count(NEWLINE) + 1}: {str(problem).removeprefix(': ')}") from None
-
-
-NEWLINE = b"\n"
+        line = data[:start].count(b"\n") + 1
+        raise InputError(f"{path}: line {line}: {str(problem).removeprefix(': ')}") from None
 
 
 # ----------------------------------------------------------------------------------------- evaluation
