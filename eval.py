@@ -8,7 +8,7 @@ of the examples themselves, or nothing. So one function answers for them all (`r
 says what they are (MAIN, BASELINES, CONTROLS).
 """
 
-from tools import everybodys, print_lines, processes, run_command, start_processes  # isort: skip  first: Ctrl-C during the other imports is one line, too
+from tools import at_once, everybodys, print_lines, processes, run_command, start_processes  # isort: skip  first: Ctrl-C during the other imports is one line, too
 
 import argparse
 import hashlib
@@ -312,6 +312,7 @@ def prepare(run: Run, tasks: Sequence[Task]) -> HeldOut:
 
 
 Item = tuple[str, int, int]  # column, task, draw of examples
+SMALL = 512  # a model of at most this width is too small to keep several cores busy: each core has an item of its own
 
 
 def originals(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int) -> dict[Item, Item]:
@@ -345,15 +346,20 @@ def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int 
         with reading(path, "not scores of ours"):
             found |= {(str(name), int(t), int(n)): score for (name, t, n), score in read_lines(path) if 0 <= score <= 100}
     found = everybodys(found)
+
+    def mean_score(item: Item) -> float:
+        name, t, n = item
+        draw = held_out.episodes[n]
+        return statistics.fmean(score(run, table[name], draw[t], draw[held_out.other(t)], t))
+
     mine = [item for item in dict.fromkeys(same.values()) if item not in found][rank::world]
     with open(out / f"{kept}-{rank}" if out else os.devnull, "a") as file, tqdm(desc="evaluating", unit="query", leave=False, disable=rank > 0) as bar:
         bar.reset(sum(held_out.sizes[t] for _, t, _ in mine))
-        for name, t, n in mine:
-            draw = held_out.episodes[n]
-            found[name, t, n] = statistics.fmean(score(run, table[name], draw[t], draw[held_out.other(t)], t))
-            file.write("\n" + json.dumps([[name, t, n], found[name, t, n]]))
+        for item, value in zip(mine, at_once(mean_score, mine, several=run.device.type == "cpu" and run.hyper.model.config.width <= SMALL)):
+            found[item] = value
+            file.write("\n" + json.dumps([item, value]))
             file.flush()
-            bar.update(held_out.sizes[t])
+            bar.update(held_out.sizes[item[1]])
     found = everybodys(found)
     return {name: [[found[same[name, t, n]] for n in range(draws)] for t in range(len(held_out.tasks))] for name in table}
 

@@ -24,8 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from data import Batch, Formatter, again, collate
@@ -270,6 +268,9 @@ def evaluate(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) 
 
 def shard(hyper: HyperLlama) -> None:
     """FSDP2: each process holds a share of every parameter; a layer is put together while it is needed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second and more to import, and only needed here
+
     # Blocks return views (values with their heads in front); nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     kind = hyper.gists.device.type

@@ -12,9 +12,12 @@ def one_line(kind, problem, trace) -> None:
 
 sys.excepthook = one_line  # for Ctrl-C while torch is imported; from then on, run_command answers it
 
+import ctypes  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from typing import TextIO  # noqa: E402
 
 import torch  # noqa: E402
@@ -48,6 +51,27 @@ def everybodys(items: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
+def at_once(function: Callable, items: Sequence, several: bool) -> Iterator:
+    """function(item) for each item, in order; if `several`, as many at once as there are cores (torch.get_num_threads), on one each."""
+    threads = torch.get_num_threads()
+    if not several or threads == 1:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for future in [pool.submit(function, item) for item in items]:
+            yield future.result()
+    finally:  # however it ends: what has not begun never does
+        pool.shutdown(cancel_futures=True)
+
+
+def keep_memory() -> None:
+    """What is freed stays with the process. Otherwise each large tensor's memory goes back to the system and is taken anew, page by page."""
+    with suppress(OSError, AttributeError):  # glibc alone has this
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL("libc.so.6").mallopt(option, 1 << 30)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; a mistake of the user's is one line, with exit status 2 (Ctrl-C and SIGTERM: 130)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -55,6 +79,7 @@ def run_command(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± shows a question mark
+    keep_memory()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     default = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}
