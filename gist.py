@@ -224,7 +224,7 @@ def read_rows(model: Llama, rows: Sequence[Sequence[int]], adapter: str | None =
     """The keys and values of every token of some rows: few-shot prompting, as a prefix."""
     tokens = ragged(rows, device=model.embed_tokens.weight.device)
     lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
-    past = model.keys_values(tokens, positions_of(tokens), adapter=adapter)
+    past = model.keys_values(tokens, adapter=adapter)
     return Gists(past, lengths, positions_of(tokens) < lengths[:, None] if len(rows) > 1 else None)
 
 

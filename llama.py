@@ -193,6 +193,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 
+def gates_at(adapter: Mapping[str, Tensor | None], at) -> Mapping[str, Tensor | None]:
+    """The LoRA sets that act, as they do at some positions: at, an index into [B, T]."""
+    return {name: gate[at] if isinstance(gate, Tensor) else gate for name, gate in adapter.items()}
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config, linear: type[Linear]):
         super().__init__()
@@ -213,10 +218,14 @@ class Attention(nn.Module):
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         return k, v
 
-    def forward(self, x, angles, past, mask, adapter) -> tuple[Tensor, KV]:
-        """[B, T, H*hd], before o_proj; and the keys and values."""
+    def forward(self, x, angles, past, mask, adapter, asking=...) -> tuple[Tensor, KV]:
+        """[B, T, H*hd], before o_proj, or only where tokens ask: [B, G, H*hd]; and the keys and values."""
+        present, T = self.keys_values(x, angles, past, adapter), x.shape[1]
+        if asking is not ...:
+            x, angles, adapter = x[asking], tuple(a[:, 0][asking][:, None] for a in angles), gates_at(adapter, asking)
+            seen = torch.arange(-present[0].shape[2], 0, device=x.device) + T <= asking[1][..., None]
+            mask = seen if mask is None else mask[asking]  # [B, G, P + T]
         q = rotate(self.heads(self.q_proj(x, adapter)), angles)
-        present = self.keys_values(x, angles, past, adapter)
         return attend(q, *present, mask).transpose(1, 2).flatten(2), present
 
 
@@ -239,18 +248,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config, linear)
 
-    def forward(self, x, angles, past, mask, adapter, at=...) -> tuple[Tensor | None, Tensor, Tensor]:
+    def forward(self, x, angles, past, mask, adapter, at=..., asking=...) -> tuple[Tensor | None, Tensor, Tensor]:
         """Hidden states [B, T, D] after this layer, and its keys and values. (A flat tuple: FSDP looks for tensors in it.)
 
         at: an index into [B, T], where hidden states are wanted; None: nowhere. Keys and values are made everywhere.
+        asking: the same with as many in each row, [B, G]: attention, too, is computed there alone.
         """
         h = self.input_layernorm(x)
         if at is None:
             return None, *self.self_attn.keys_values(h, angles, past, adapter)
-        y, present = self.self_attn(h, angles, past, mask, adapter)
+        y, present = self.self_attn(h, angles, past, mask, adapter, asking)
+        x, adapter = x[asking], gates_at(adapter, asking)
         if at is not ...:
-            x, y = x[at], y[at]
-            adapter = {name: gate[at] if isinstance(gate, Tensor) else gate for name, gate in adapter.items()}
+            x, y, adapter = x[at], y[at], gates_at(adapter, at)
         x = x + self.self_attn.o_proj(y, adapter)
         return x + self.mlp(self.post_attention_layernorm(x), adapter), *present
 
@@ -295,17 +305,17 @@ class Llama(nn.Module):
             present.append((k, v))
         return self.lm_head(self.norm(x)), present
 
-    def keys_values(self, tokens: Tensor, at: Tensor, offset=None, adapter=None, past=None, mask=None) -> list[KV]:
-        """Only the keys and values at the positions at [B, G]: for each layer two [B, K, G, hd]. The last layer needs hidden
-        states at these positions alone, and of it only keys and values are made; nothing else is computed there."""
+    def keys_values(self, tokens: Tensor, at=..., offset=None, adapter=None, past=None, mask=None) -> list[KV]:
+        """Only the keys and values, at the positions at [B, G] (default: all): for each layer two [B, K, G, hd]. The last layer
+        needs hidden states there alone, so the layer before it asks there alone; and of the last, only keys and values are made."""
         x, positions, adapter = self.prepare(tokens, offset, adapter)
         angles, kept, (*early, last) = rotary_angles(positions, self.config), [], self.layers
-        at = (torch.arange(len(x), device=x.device)[:, None], at)  # as an index into [B, T]
+        at = at if at is ... else (torch.arange(len(x), device=x.device)[:, None], at)  # as an index into [B, T]
         for i, layer in enumerate(early):
-            x, *both = self.run(layer, x, angles, past and past[i], mask, adapter, at if layer is early[-1] else ...)
+            x, *both = self.run(layer, x, angles, past and past[i], mask, adapter, ..., at if layer is early[-1] else ...)
             kept.append(tuple(y[:, :, -tokens.shape[1] :].transpose(1, 2)[at].transpose(1, 2) for y in both))  # [B, K, G, hd]
         x = x if early else x[at]
-        _, k, v = self.run(last, x, rotary_angles(positions[at], self.config), None, None, adapter, None)
+        _, k, v = self.run(last, x, rotary_angles(positions[at], self.config), None, None, gates_at(adapter, at), None)
         return [*kept, (k, v)]
 
     def prepare(self, tokens, offset, adapter) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:

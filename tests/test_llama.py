@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, config, hf_tensors, random_hyper, random_llama, write_hf, write_meta
 from safetensors.torch import save_file
 
-from llama import InputError, Llama, Tokenizer, generate, load, ragged, read_config
+from llama import InputError, Llama, Tokenizer, generate, holes_mask, load, ragged, read_config
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -76,16 +76,23 @@ def test_selected_positions_have_the_logits_of_the_full_pass():
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("offset", [None, (5, 9)])
-@pytest.mark.parametrize("adapter", [None, "hyper"])
-def test_keys_and_values_at_chosen_positions_are_those_of_the_full_pass(layers, offset, adapter):
+@pytest.mark.parametrize("adapter", [None, "hyper", "somewhere"])
+@pytest.mark.parametrize("before", ["nothing", "a past", "a past with holes"])
+def test_keys_and_values_at_chosen_positions_are_those_of_the_full_pass(layers, offset, adapter, before):
     model, x, at = random_hyper("hyper").model, tokens(2, 7), torch.tensor([[0, 3, 6], [2, 3, 4]])
     model.layers = model.layers[:layers]
     how = {"offset": None if offset is None else positions(*offset), "adapter": adapter}
+    if adapter == "somewhere":
+        how["adapter"] = {"hyper": torch.rand(2, 7, 1, generator=torch.Generator().manual_seed(0))}
+    if before != "nothing":
+        how |= {"past": model(tokens(2, 3))[1], "offset": positions(*(offset or (3, 3)))}
+    if before == "a past with holes":
+        how["mask"] = holes_mask(torch.tensor([[True, False, True], [False, True, True]]), 7)
     kept, (_, everywhere) = model.keys_values(x, at, **how), model(x, **how)
     for (key, value), (all_keys, all_values) in zip(kept, everywhere, strict=True):
         for row in range(2):
-            torch.testing.assert_close(key[row], all_keys[row, :, at[row]], **TOLERANCE)
-            torch.testing.assert_close(value[row], all_values[row, :, at[row]], **TOLERANCE)
+            torch.testing.assert_close(key[row], all_keys[row, :, at[row] - 7], **TOLERANCE)
+            torch.testing.assert_close(value[row], all_values[row, :, at[row] - 7], **TOLERANCE)
 
 
 def test_selected_positions_keep_their_gates():

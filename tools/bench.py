@@ -403,7 +403,7 @@ def limit(scratch: Path, repeats: int) -> list[Line]:
     # The base's products once forward, once for the gradient of their input; LoRA's also for that of
     # its weights. Half of the attention is hidden by the causal mask, and left out here.
     base, all_ = flops(c, T, kept=G), flops(c, T, kept=G, rank=RANK)
-    hidden = (c.layers - 1) * 2 * T * T * c.heads * c.head_size
+    hidden = (c.layers - 2) * 2 * T * T * c.heads * c.head_size
     achieved = (2 * (base - hidden) + 3 * (all_ - base)) / found["hyper_pass"] / 1e9
     plain = 20 * 2 * T * c.width * c.hidden / found["product"] / 1e9
     turns = [achieved / plain * found["hyper_pass"] / found["product"] * b / a for a, b in zip(found["hyper_pass"].times, found["product"].times)]

@@ -31,8 +31,8 @@ def flops(c: Config, tokens: int, past: int = 0, logits: int = 0, rank: int = 0,
     made = linears((c.width, kv), (c.width, kv))  # keys and values
     asked = linears((c.width, q)) + 2 * 2 * (past + tokens) * q
     rest = linears((q, c.width), *[(c.width, c.hidden)] * 2, (c.hidden, c.width))
-    if kept:  # the last layer but one goes on from the kept positions, and the last makes their keys and values alone
-        return (c.layers - 1) * tokens * (made + asked) + ((c.layers - 2) * tokens + kept) * rest + kept * made
+    if kept:  # in the last layer but one only the kept positions ask, and the last makes their keys and values alone
+        return (c.layers - 1) * tokens * made + ((c.layers - 2) * tokens + kept) * (asked + rest) + kept * made
     layers = c.layers * tokens * (made + asked) + ((c.layers - 1) * tokens + logits) * rest
     return layers + 2 * logits * c.width * c.vocab
 
