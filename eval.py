@@ -19,7 +19,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -105,6 +105,11 @@ class Column:
 
     def asks(self, run: Run) -> str:
         return self.instruct or ("inside" if run.args.instruction_downstream else "no")
+
+    def fixed(self, run: Run) -> bool:
+        """Whether training leaves its scores as they are: nothing that is trained makes the prefix or the answer."""
+        untrained = self.prefix in (None, in_context, pooled, fewer) and not (self.trained and run.hyper.answerer)
+        return untrained and not run.hyper.model.embed_tokens.weight.requires_grad  # (hyperpretraining trains all)
 
     def same(self, run: Run, column: "Column", instructed: bool) -> bool:
         """Whether another column asks and answers in the same way: with a frozen downstream model, no prefix is 0-shot."""
@@ -265,17 +270,21 @@ def write_answers(run: Run, episode: Episode, prompts: list[list[int]], prefix: 
 
 # ------------------------------------------------------------------------------------------ the result
 
+SMALL = 512  # width of a model whose products are too small to keep several cores busy: each core scores an item of its own
 Draws = list[list[list[Episode]]]  # draw of examples -> task -> episodes
+Item = tuple[str, int, int]  # column, task, draw of examples
 
 
 @dataclass
 class HeldOut:
-    """Tasks to evaluate on, with their episodes; what of these didn't fit; how many examples could be read, per task, on average."""
+    """Tasks to evaluate on, with their episodes; what of these didn't fit; how many examples could be read, per task, on average;
+    and the scores that training doesn't change, once they are known."""
 
     tasks: Sequence[Task]
     episodes: Draws
     left_out: Counter[str]
     shots: list[dict[str, float]]
+    known: dict[Item, float] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[int]:
@@ -311,10 +320,6 @@ def prepare(run: Run, tasks: Sequence[Task]) -> HeldOut:
     return HeldOut(tasks, episodes, left_out, shots)
 
 
-Item = tuple[str, int, int]  # column, task, draw of examples
-SMALL = 512  # a model of at most this width is too small to keep several cores busy: each core has an item of its own
-
-
 def originals(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int) -> dict[Item, Item]:
     """What has to be scored for each item: the first column that asks and answers in the same way, and the first draw that
     says the same. (With a frozen model, no prefix is 0-shot; and 0-shot reads no examples.)"""
@@ -345,7 +350,7 @@ def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int 
     for path in out.glob(f"{kept}-*") if out and rank == 0 else ():
         with reading(path, "not scores of ours"):
             found |= {(str(name), int(t), int(n)): score for (name, t, n), score in read_lines(path) if 0 <= score <= 100}
-    found = everybodys(found)
+    found = everybodys(found) | held_out.known
 
     def mean_score(item: Item) -> float:
         name, t, n = item
@@ -361,6 +366,7 @@ def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int 
             file.flush()
             bar.update(held_out.sizes[item[1]])
     found = everybodys(found)
+    held_out.known.update({item: found[item] for item in same.values() if table[item[0]].fixed(run)})
     return {name: [[found[same[name, t, n]] for n in range(draws)] for t in range(len(held_out.tasks))] for name in table}
 
 

@@ -443,7 +443,7 @@ class Tokenizer:
         with reading(self.path, "not a SentencePiece model of Llama's kind"):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             self.size, self.bos, self.eos = len(self.model), self.model.bos_id(), self.model.eos_id()
-            self._pieces = lru_cache(1 << 13)(self.model.encode)  # evaluation reads a task's rows under many conditions
+            self._pieces = lru_cache(1 << 15)(self.model.encode)  # a row comes again: in other draws, under other conditions
             self._newline = self.model.encode("\n")
             if any(self.decode(self.encode(text)) != text for text in ("\n", "\na", "a\nb", "a \n b\n", "1\n2\n\n")):
                 raise ValueError("it loses newlines or spaces")

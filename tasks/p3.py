@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class Split(Sequence):
     def where(self, i: int) -> str:
         return f"{self.folder}: row {i + 1} of {self.name}"
 
+    @lru_cache(1 << 14)  # rows of all splits together: a small folder is read once
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
             raise IndexError(i)

@@ -63,6 +63,7 @@ def at_once(function: Callable, items: Sequence, several: bool) -> Iterator:
             yield future.result()
     finally:  # however it ends: what has not begun never does
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def keep_memory() -> None:
