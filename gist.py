@@ -66,9 +66,13 @@ class Gists:
 
     def __getitem__(self, rows: Tensor) -> "Gists":
         """Choose rows, with repetition: several queries can follow the same gists."""
-        seen = None if self.seen is None else self.seen[rows]
-        updates = self.updates and {path: (A[rows], B[rows]) for path, (A, B) in self.updates.items()}
-        return Gists([(k[rows], v[rows]) for k, v in self.past], self.offset[rows], seen, updates)
+
+        def chosen(x: Tensor) -> Tensor:  # (the only row there is isn't copied)
+            return x[rows] if len(x) > 1 else x.expand(len(rows), *x.shape[1:])
+
+        seen = None if self.seen is None else chosen(self.seen)
+        updates = self.updates and {path: (chosen(A), chosen(B)) for path, (A, B) in self.updates.items()}
+        return Gists([(chosen(k), chosen(v)) for k, v in self.past], chosen(self.offset), seen, updates)
 
     def before(self, T: int, adapter: str | None = None) -> dict:
         """What `Llama.forward` must know to read T tokens after this prefix, with a LoRA set."""
