@@ -29,6 +29,7 @@ from tools import answer, cost, export, probe, report, run_command  # noqa: E402
 REAL_DATA = ROOT.parent / "shared" / "data"  # real P3, S-NI and text files, where they are at hand
 needs_real_data = pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data files are not here")
 G = 3  # gists of the small models
+evaluation.MAX_NEW_TOKENS = 16  # (untrained models never end an answer)
 
 
 @pytest.fixture(autouse=True)

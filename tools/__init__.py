@@ -52,12 +52,13 @@ def everybodys(items: dict) -> dict:
 
 
 def at_once(function: Callable, items: Sequence, several: bool) -> Iterator:
-    """function(item) for each item, in order; if `several`, as many at once as there are cores (torch.get_num_threads), on one each."""
+    """function(item) for each item, in order; if `several`, up to four at once, which share the cores (more would wait for Python)."""
     threads = torch.get_num_threads()
-    if not several or threads == 1:
+    workers = min(4, threads) if several else 1
+    if workers == 1:
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
     try:
         for future in [pool.submit(function, item) for item in items]:
             yield future.result()
