@@ -148,16 +148,41 @@ def test_another_task_is_one_of_another_dataset():
 
 def test_what_the_draw_does_not_change_is_scored_once(monkeypatch, capsys):
     """With two draws of examples, what has no examples before it is scored for the first draw alone."""
-    scored, score = Counter(), evaluation.score
-
-    def counting(run, column, episodes, others, t):
-        scored[column.title] += 1
-        return score(run, column, episodes, others, t)
-
-    monkeypatch.setattr(evaluation, "score", counting)
+    scored = listed(monkeypatch)
     evaluate(tiny_run(*FEW, "--sets", 2), p3_tasks(ROOT / "tiny" / "P3", "test")[:2])
     twice = ("hyper", "{shots}-shot", "other task", "mean-pooled", "fewer shots")
-    assert scored == {"0-shot": 2} | dict.fromkeys(twice, 4), "and no prefix is 0-shot"
+    assert Counter(scored) == {"0-shot": 2} | dict.fromkeys(twice, 4), "and no prefix is 0-shot"
+
+
+def listed(monkeypatch):
+    """The titles of columns, as they are scored from now on."""
+    scored, score = [], evaluation.score
+
+    def listing(run, column, episodes, others, t):
+        scored.append(column.title)
+        return score(run, column, episodes, others, t)
+
+    monkeypatch.setattr(evaluation, "score", listing)
+    return scored
+
+
+@pytest.mark.parametrize("options, whole, moving", [
+    ([], False, ["hyper", "other task"]), (["--downstream", "lora"], False, ["hyper", "mean-pooled", "no prefix", "other task"]),
+    ([], True, ["fewer shots", "hyper", "mean-pooled", "no prefix", "other task"]),
+], ids=["frozen", "lora", "all is trained"])  # fmt: skip
+def test_along_the_way_only_what_training_changes_is_scored_anew(monkeypatch, options, whole, moving):
+    tasks = p3_tasks(ROOT / "tiny" / "P3", "test")[:2]
+    run = tiny_run(*FEW, *options)
+    if whole:
+        run.hyper.requires_grad_(True)
+    held_out = prepare(run, tasks)
+    evaluation.measure(run, held_out)
+    for parameter in trainable(run.hyper).values():
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    scored = listed(monkeypatch)
+    again = evaluation.measure(run, held_out)
+    assert sorted(set(scored)) == moving
+    assert again == evaluation.measure(run, prepare(run, tasks)), "as if nothing had been known"
 
 
 def test_an_empty_evaluation_split_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from data import Episode, Example
 from llama import InputError, Tokenizer, generate, load
 from lora import load_tensors, save_tensors
 from tasks import open_run, read_args, settle
+from tools import at_once
 from tools.cost import flops
 from tools.probe import asked_back
 from tools.report import compare, plot
@@ -153,6 +155,39 @@ def test_exported_adapters_open_in_peft_with_the_same_logits(tmp_path, downstrea
             mine = ours(x, adapter=name)[0]
             torch.testing.assert_close(mine, theirs(x).logits, atol=1e-4, rtol=1e-4)
             assert (mine - ours(x)[0]).abs().max() > 1e-3, "the set does something"
+
+
+# ------------------------------------------------------------------------------- several at once
+
+
+def test_what_is_done_at_once_comes_in_order_and_leaves_the_threads_alone():
+    torch.set_num_threads(2)
+
+    def slow_if_early(n):
+        time.sleep(0.1 - n / 100)
+        return n, torch.get_num_threads()
+
+    assert list(at_once(slow_if_early, range(9), several=True)) == [(n, 1) for n in range(9)]
+    assert list(at_once(slow_if_early, range(3), several=False)) == [(n, 2) for n in range(3)]
+    assert torch.get_num_threads() == 2
+
+
+def test_after_a_failure_nothing_more_is_begun():
+    torch.set_num_threads(2)
+    begun = []
+
+    def failing(n):
+        begun.append(n)
+        time.sleep(0.01)
+        if n == 3:
+            raise KeyboardInterrupt
+        return n
+
+    came = []
+    with pytest.raises(KeyboardInterrupt):
+        for n in at_once(failing, range(100), several=True):
+            came.append(n)
+    assert came == [0, 1, 2] and len(begun) < 10 and torch.get_num_threads() == 2
 
 
 # ----------------------------------------------------------------------------------------- the cost

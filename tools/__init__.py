@@ -81,7 +81,8 @@ def run_command(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± shows a question mark
-    keep_memory()
+    if "RANK" not in os.environ:  # (once, with gloo's threads beside it, the heap was found damaged)
+        keep_memory()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     default = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}

@@ -5,6 +5,8 @@
     python -m tools.bench growth           how cost grows, drawn as figures/growth.png
     python -m tools.bench load             a checkpoint of Llama-2-7B's shape becomes NF4 (makes 13 GB in --scratch)
     python -m tools.bench data             training starts on 300 prompts of 30,000 rows (makes 3 GB there)
+    python -m tools.bench profile          what the miniature's training and evaluation spend their time with
+    python -m tools.bench evaluation command --against DIR    whole commands, against the code of another checkout
 
 On a CPU the model is of middle size (width 1024, 8 layers); where there is a GPU it has the shape of
 Llama-2-7B, in NF4. All ways of a row do the same work on the same random weights, and that is
@@ -32,14 +34,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import collate
-from eval import score_options
+from eval import columns, prepare, score, score_options
 from gist import HyperLlama, gist_mask, read_rows
-from llama import Config, InputError, Linear, Llama, generate, load, positions_of
+from llama import Config, InputError, Linear, Llama, Tokenizer, generate, load, positions_of
 from lora import NF4Linear, add_lora, save_tensors, write_json
-from tasks import Parser, positive
+from tasks import PROJECT, Parser, open_run, positive
 from tasks.text import hf_name, write_config
 from tools import print_lines, run_command
 from tools.cost import LLAMA_2_7B, flops
+from train import loss_of, parse
 
 MIDDLE = Config(32000, 1024, 8, 16, 16, 64, 2752, 1e-5, 10000.0, 4096)
 G, RANK, ALPHA = 16, 8, 16
@@ -450,7 +453,7 @@ def growth(scratch: Path) -> None:
             found[name].append((took, most))
             lines.append([name, str(value), f"{took:.2f}", f"{most:,.0f}", f"{took / given[2]:.2f}"])
     print_lines(lines, total=False)
-    draw_growth(found, Path(__file__).parents[1] / "figures" / "growth.png")
+    draw_growth(found, PROJECT / "figures" / "growth.png")
 
 
 def draw_growth(found: dict[str, list[tuple[float, float]]], path: Path) -> None:
@@ -534,7 +537,7 @@ def make_p3(folder: Path, tasks: int = 300, rows: int = 30_000) -> Path:
             for i in range(rows):
                 fields = {"inputs_pretokenized": " ".join(text[i : i + 60]), "targets_pretokenized": text[i], "answer_choices": ["yes", "no"]}
                 file.write(json.dumps(fields) + "\n")
-    tiny = Path(__file__).resolve().parents[1] / "tiny" / "P3"
+    tiny = PROJECT / "tiny" / "P3"
     held_out = (tiny / "splits" / "test_tasks.txt").read_text().split()[:1]
     (folder / held_out[0]).symlink_to(tiny / held_out[0])
     (folder / "splits").mkdir()
@@ -548,7 +551,7 @@ def data(scratch: Path) -> None:
     size = sum(path.stat().st_size for path in folder.glob("task_*/*")) / 1e9
     options = ["--task", "p3", "--data", folder, "--steps", "1", "--limit", "4", "--sets", "1", "--no-controls", "--out", out, "--overwrite"]
     began = time.time()
-    process = subprocess.Popen([sys.executable, str(Path(__file__).parents[1] / "train.py"), *map(str, options)])
+    process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *map(str, options)])
     log = out / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_mtime > began):
         time.sleep(0.05)
@@ -559,12 +562,101 @@ def data(scratch: Path) -> None:
     print(f"P3 of 300 prompts × 30,000 rows, {size:.1f} GB: the first step was done after {took:.1f} s, {most:.2f} GB resident at most")
 
 
+# --------------------------------------------------------------------------------- two checkouts
+
+
+def make_questions(folder: Path, prompts: int = 20, rows: int = 300) -> Path:
+    """P3 with held-out prompts of so many questions: 40 to 90 words of the miniature's, and four options of one to eight."""
+    if (folder / "splits").exists():
+        return folder
+    rng, tokenizer = random.Random(0), Tokenizer(PROJECT / "tiny" / "llama-c")
+    pieces = [tokenizer.model.id_to_piece(i) for i in range(tokenizer.size)]
+    words = [piece[1:] for piece in pieces if piece.startswith("▁") and len(piece) > 3]
+    names = {"train": [f"train{n}" for n in range(4)], "test": [f"test{n:02}" for n in range(prompts)]}
+    for n, name in enumerate(names["train"] + names["test"]):
+        (folder / name).mkdir(parents=True)
+        for split, count in (("train", 60), ("validation", rows)):
+            with open(folder / name / f"{split}.jsonl", "w") as file:
+                for _ in range(count):
+                    options = [" ".join([word, *rng.choices(words, k=rng.choice((0, n % 3, 3 * (n % 3))))]) for word in rng.sample(words, 4)]
+                    fields = {"targets_pretokenized": rng.choice(options), "answer_choices": options}
+                    fields["inputs_pretokenized"] = " ".join(rng.choices(words, k=rng.randint(40, 90)))
+                    file.write(json.dumps(fields) + "\n")
+    (folder / "splits").mkdir()
+    for part in names:
+        (folder / "splits" / f"{part}_tasks.txt").write_text("\n".join(names[part]))
+    return folder
+
+
+def whole_runs(what: str, options: list[str | Path], scratch: Path, other: Path, repeats: int) -> Line:
+    """train.py with these options, from start to end, by this code and that of another checkout, in turns; the results must be the same."""
+    ways, found = {"ours": PROJECT, "other": other.resolve()}, {"ours": [], "other": []}
+    for _ in range(max(1, repeats // 3)):
+        results = []
+        for way, root in ways.items():
+            out, began = scratch.resolve() / way, time.perf_counter()
+            command = [sys.executable, root / "train.py", "--task", "p3", *options, "--out", out, "--overwrite"]
+            subprocess.run(list(map(str, command)), cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            found[way].append(time.perf_counter() - began)
+            results.append(json.loads((out / "results.json").read_text()))
+        for part in ("average", "std", "baselines", "controls", "tasks"):
+            if results[0][part] != results[1][part]:
+                raise InputError(f"bench: {part} is {results[0][part]} here and {results[1][part]} there")
+    return against(what, *(Median(times) for times in found.values()), "s", 0)
+
+
+def evaluation(scratch: Path, other: Path, repeats: int) -> Line:
+    folder = make_questions(scratch / "questions")
+    options = ["--model", PROJECT / "tiny" / "llama-c", "--data", folder.resolve(), "--steps", "1", "--batch-size", "2", "--measure", "0", "--sets", "1"]
+    return whole_runs(f"evaluating 20 prompts × 300 rows / {other.name}", options, scratch, other, repeats)
+
+
+def command(scratch: Path, other: Path, repeats: int) -> Line:
+    return whole_runs(f"python train.py --task p3 / {other.name}", [], scratch, other, repeats)
+
+
+KINDS = {"attention": ("attention",), "matrix products": ("::mm", "::addmm", "::bmm"), "silu": ("silu",), "copies": ("cat", "copy_", "index", "where")}
+
+
+def profile(scratch: Path) -> None:
+    """Shares of the time in torch's operations: five training steps of the default run; an evaluation of its first draw, one thread."""
+    args, *_ = parse(["--task", "p3"])
+    run = open_run(args)
+    batches = run.task.batches(args, run.hyper, run.formatter)
+    held_out = prepare(run, run.task.load(args, run.formatter, "test")[:4])
+
+    def training():
+        for n in range(5):
+            batch = batches(0, range(8 * n, 8 * n + 8))
+            (loss_of(run.hyper, batch, args) / len(batch.targets)).backward()
+
+    def evaluating():
+        for name, column in columns(run, held_out.tasks).items():
+            for t, episodes in enumerate(held_out.episodes[0] if name != "no_prefix" else ()):
+                score(run, column, episodes, held_out.episodes[0][held_out.other(t)], t)
+
+    lines = [["time of torch's operations", "training", "evaluation"], *([kind] for kind in KINDS), ["the rest"]]
+    threads = torch.get_num_threads()
+    for work in (training, evaluating):
+        torch.set_num_threads(threads if work is training else 1)
+        work()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            work()
+        each = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+        parts = [sum(value for key, value in each.items() if any(word in key for word in words)) / sum(each.values()) for words in KINDS.values()]
+        for line, part in zip(lines[1:], [*parts, 1 - sum(parts)]):
+            line.append(f"{part:.0%}")
+    torch.set_num_threads(threads)
+    print_lines(lines, total=False)
+
+
 def main() -> None:
     parser = Parser(__doc__)
-    rows = [*TABLE, "growth", "load", "data"]
+    rows = [*TABLE, "growth", "load", "data", "evaluation", "command", "profile"]
     parser.add_argument("rows", nargs="*", metavar="ROW", default=[], help=f"{', '.join(rows)} (default: {', '.join(TABLE)})")
     parser.add_argument("--repeats", type=positive, default=7, help="timings of each way, of which the median counts")
     parser.add_argument("--scratch", type=Path, default=Path("runs/bench"), metavar="DIR", help="where weights and data are made")
+    parser.add_argument("--against", type=Path, default=Path(), metavar="DIR", help="another checkout, for evaluation and command")
     args = parser.parse_args()
     for row in args.rows:
         if row not in rows:
@@ -572,9 +664,12 @@ def main() -> None:
     lines = [[f"{DEVICE}, {str(DTYPE).removeprefix('torch.')}{', NF4' * CUDA}, {torch.get_num_threads()} threads", "ours", "the other", "ratio"]]
     for name in [row for row in args.rows or TABLE if row in TABLE]:
         lines += TABLE[name](args.scratch, args.repeats)
+    for name, function in {"evaluation": evaluation, "command": command}.items():
+        if name in args.rows:
+            lines.append(function(args.scratch, args.against, args.repeats))
     if len(lines) > 1:
         print_lines(lines, total=False)
-    for name, function in {"growth": growth, "load": load_7b, "data": data}.items():
+    for name, function in {"growth": growth, "load": load_7b, "data": data, "profile": profile}.items():
         if name in args.rows:
             function(args.scratch)
 
