@@ -278,13 +278,13 @@ Item = tuple[str, int, int]  # column, task, draw of examples
 @dataclass
 class HeldOut:
     """Tasks to evaluate on, with their episodes; what of these didn't fit; how many examples could be read, per task, on average;
-    and the scores that training doesn't change, once they are known."""
+    and scores, once they are known: of an item, and of the run as it was then (None: of any run, training doesn't change them)."""
 
     tasks: Sequence[Task]
     episodes: Draws
     left_out: Counter[str]
     shots: list[dict[str, float]]
-    known: dict[Item, float] = field(default_factory=dict)
+    known: dict[tuple[Item, str | None], float] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[int]:
@@ -345,12 +345,13 @@ def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int 
     out: a folder that keeps what is done until all is, so that an evaluation that was interrupted goes on.
     """
     draws, (rank, world) = draws or len(held_out.episodes), processes()
-    same = originals(run, held_out, table, draws)
-    kept, found = out and f"{UNFINISHED}-{fingerprint(run, held_out)}", {}
+    same, now = originals(run, held_out, table, draws), fingerprint(run, held_out)
+    keys = {item: (item, None if table[item[0]].fixed(run) else now) for item in same.values()}
+    kept, found = out and f"{UNFINISHED}-{now}", {item: held_out.known[key] for item, key in keys.items() if key in held_out.known}
     for path in out.glob(f"{kept}-*") if out and rank == 0 else ():
         with reading(path, "not scores of ours"):
             found |= {(str(name), int(t), int(n)): score for (name, t, n), score in read_lines(path) if 0 <= score <= 100}
-    found = everybodys(found) | held_out.known
+    found = everybodys(found)
 
     def mean_score(item: Item) -> float:
         name, t, n = item
@@ -366,7 +367,7 @@ def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int 
             file.flush()
             bar.update(held_out.sizes[item[1]])
     found = everybodys(found)
-    held_out.known.update({item: found[item] for item in same.values() if table[item[0]].fixed(run)})
+    held_out.known.update({key: found[item] for item, key in keys.items()})
     return {name: [[found[same[name, t, n]] for n in range(draws)] for t in range(len(held_out.tasks))] for name in table}
 
 
