@@ -223,8 +223,8 @@ class Attention(nn.Module):
         present, T = self.keys_values(x, angles, past, adapter), x.shape[1]
         if asking is not ...:
             x, angles, adapter = x[asking], tuple(a[:, 0][asking][:, None] for a in angles), gates_at(adapter, asking)
-            seen = torch.arange(-present[0].shape[2], 0, device=x.device) + T <= asking[1][..., None]
-            mask = seen if mask is None else mask[asking]  # [B, G, P + T]
+            places = torch.arange(-present[0].shape[2], 0, device=x.device) + T  # of the keys: -P … T - 1
+            mask = places <= asking[1][..., None] if mask is None else mask[asking]  # [B, G, P + T]
         q = rotate(self.heads(self.q_proj(x, adapter)), angles)
         return attend(q, *present, mask).transpose(1, 2).flatten(2), present
 
