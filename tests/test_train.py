@@ -726,12 +726,12 @@ def test_a_run_folder_may_be_a_link_or_the_folder_we_are_in(tmp_path, monkeypatc
 def test_results_are_kept_where_nothing_can_be_printed(tmp_path):
     out = tmp_path / "run"
     train(out, "--steps", "1")
-    for redirect, status in ((">&-", 0), ("> /dev/full", 2), ("2>&- >&-", 0)):
+    for redirect, status in (("> /dev/full", 2), ("2>&- >&-", 0)):
         (out / "results.json").unlink()
         done = subprocess.run(f"{sys.executable} eval.py {out} --limit 2 --sets 1 --no-controls {redirect}", shell=True, cwd=ROOT, capture_output=True)
         assert done.returncode == status and (b"stdout can't be written" in done.stderr) == (status == 2)
         assert json.loads((out / "results.json").read_text())["average"] >= 0
-    for redirect in ("> /dev/full", "2> /dev/full", "2>&1 | head -c 20"):  # no bar can be drawn: the run goes on
+    for redirect in ("> /dev/full 2> /dev/full", "2>&1 | head -c 20"):  # no bar can be drawn: the run goes on
         command = f"{sys.executable} train.py --task p3 {' '.join(SHORT)} --steps 2 --no-controls --out {tmp_path / str(len(redirect))} {redirect}"
         subprocess.run(command, shell=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         assert (tmp_path / str(len(redirect)) / "results.json").exists()

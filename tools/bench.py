@@ -362,9 +362,18 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
     memory = torch.ones(1 << 28, device=DEVICE, dtype=DTYPE)
     read = side_by_side(repeats, ours=ours, plain=lambda: memory.sum().item())
     rates = 128 * sum(p.numel() * p.element_size() for p in weights) / read["ours"], memory.numel() * memory.element_size() / read["plain"]
-    reading = ["weights read while generating / a plain sum over memory", *(f"{rate / 1e9:.1f} GB/s" for rate in rates), f"{rates[0] / rates[1]:.0%}"]
+    reading = [["weights read while generating / a plain sum over memory", *(f"{rate / 1e9:.1f} GB/s" for rate in rates), f"{rates[0] / rates[1]:.0%}"]]
+    if not CUDA:  # what bounds it: a matrix product with as few rows as there are prompts
+
+        def products(count: int) -> None:
+            for weight in weights:
+                if weight.dim() == 2:
+                    F.linear(torch.ones(count, weight.shape[1]), weight)
+
+        took, size = [Median([seconds(partial(products, count)) for _ in range(9)]) for count in (n, 1)], sum(w.nbytes for w in weights)
+        reading.append([f"weights read by products of {n} rows / of one", *(f"{size / t / 1e9:.1f} GB/s" for t in took), f"{took[1] / took[0]:.0%}"])
     if not peers(scratch):
-        return [["generating 8 × 128 tokens", f"{read['ours']:.2f} s", NEEDS_PEERS, ""], reading]
+        return [["generating 8 × 128 tokens", f"{read['ours']:.2f} s", NEEDS_PEERS, ""], *reading]
     from transformers import DynamicCache
 
     peft = their_model(scratch).eval()
@@ -384,7 +393,7 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
         raise InputError(f"bench: only {agree:.0%} of the generated tokens are the same")
     found = side_by_side(repeats, ours=ours, theirs=theirs)
     peft.train()
-    return [against("generating 8 × 128 tokens / transformers.generate", found["ours"], found["theirs"], "s"), reading]
+    return [against("generating 8 × 128 tokens / transformers.generate", found["ours"], found["theirs"], "s"), *reading]
 
 
 def limit(scratch: Path, repeats: int) -> list[Line]:
