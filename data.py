@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from llama import InputError, Tokenizer, ragged
+from llama import InputError, Tokenizer, ragged, tensor
 
 # ----------------------------------------------------------------------------- examples and episodes
 
@@ -242,8 +242,8 @@ def collate(
         kept=None if kept is None else torch.tensor(kept),
         row=None if row is None else torch.tensor(row),
         tokens=ragged(tokens),
-        select=torch.tensor(select),
-        targets=torch.tensor([token for target in targets for token in target]),
+        select=tensor(select),
+        targets=tensor([token for target in targets for token in target]),
         read=sum(map(len, tokens)) + sum(len(row) for rows in (examples or [], *earlier) for row in rows) + sum(part.read for part in more),
         left_out=left_out or Counter(),
         earlier=tuple(map(ragged, earlier)),

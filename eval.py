@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import Episode, Formatter, Row, Task, report
 from gist import Gists, combine, mean_pooled, read_rows, trained
-from llama import InputError, Llama, generate, holes_mask, ragged, reading
+from llama import InputError, Llama, generate, holes_mask, ragged, reading, tensor
 from lora import read_lines, write_json
 from tasks import EVALUATION, MAX_NEW_TOKENS, MOVABLE, TASKS, WAYS, Parser, Run, add_options, open_run, portable, read_args, settle, several
 from tools.folder import UNFINISHED, check_writable
@@ -58,7 +58,7 @@ def score_options(
         rows.append(row)
         branches.append(branch)
         places.append(place)
-    select, at = torch.tensor(predictors, device=device).unique(return_inverse=True)  # the prompt's end predicts for all options
+    select, at = tensor(predictors, device).unique(return_inverse=True)  # the prompt's end predicts for all options
     tokens, branch, place = ragged(rows, device=device), ragged(branches, -1, device), ragged(places, device=device)
 
     past, offset, seen = (prefix.past, prefix.offset, prefix.seen) if prefix else (None, torch.zeros_like(place[:, 0]), None)
@@ -69,7 +69,7 @@ def score_options(
     logits = model(tokens, past=past, offset=offset[:, None] + place, adapter=adapter, mask=mask, select=select)[0].float()
 
     flat = [option for choices in options for option in choices]
-    targets = torch.tensor([token for option in flat for token in option], device=device)
+    targets = tensor([token for option in flat for token in option], device)
     gains = (logits[at, targets] - logits.logsumexp(-1)[at]).split([len(option) for option in flat])
     values = iter(torch.stack([gain.mean() if mean else gain.sum() for gain in gains]).tolist())
     return [[next(values) for _ in choices] for choices in options]
@@ -278,13 +278,13 @@ Item = tuple[str, int, int]  # column, task, draw of examples
 @dataclass
 class HeldOut:
     """Tasks to evaluate on, with their episodes; what of these didn't fit; how many examples could be read, per task, on average;
-    and scores, once they are known: of an item, and of the run as it was then (None: of any run, training doesn't change them)."""
+    and the scores that training doesn't change, once they are known."""
 
     tasks: Sequence[Task]
     episodes: Draws
     left_out: Counter[str]
     shots: list[dict[str, float]]
-    known: dict[tuple[Item, str | None], float] = field(default_factory=dict)
+    known: dict[Item, float] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[int]:
@@ -345,13 +345,12 @@ def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int 
     out: a folder that keeps what is done until all is, so that an evaluation that was interrupted goes on.
     """
     draws, (rank, world) = draws or len(held_out.episodes), processes()
-    same, now = originals(run, held_out, table, draws), fingerprint(run, held_out)
-    keys = {item: (item, None if table[item[0]].fixed(run) else now) for item in same.values()}
-    kept, found = out and f"{UNFINISHED}-{now}", {item: held_out.known[key] for item, key in keys.items() if key in held_out.known}
+    same = originals(run, held_out, table, draws)
+    kept, found = out and f"{UNFINISHED}-{fingerprint(run, held_out)}", {}
     for path in out.glob(f"{kept}-*") if out and rank == 0 else ():
         with reading(path, "not scores of ours"):
             found |= {(str(name), int(t), int(n)): score for (name, t, n), score in read_lines(path) if 0 <= score <= 100}
-    found = everybodys(found)
+    found = everybodys(found) | held_out.known
 
     def mean_score(item: Item) -> float:
         name, t, n = item
@@ -359,15 +358,16 @@ def score_all(run: Run, held_out: HeldOut, table: dict[str, Column], draws: int 
         return statistics.fmean(score(run, table[name], draw[t], draw[held_out.other(t)], t))
 
     mine = [item for item in dict.fromkeys(same.values()) if item not in found][rank::world]
+    small = run.device.type == "cpu" and run.hyper.model.config.width <= SMALL
     with open(out / f"{kept}-{rank}" if out else os.devnull, "a") as file, tqdm(desc="evaluating", unit="query", leave=False, disable=rank > 0) as bar:
         bar.reset(sum(held_out.sizes[t] for _, t, _ in mine))
-        for item, value in zip(mine, at_once(mean_score, mine, several=run.device.type == "cpu" and run.hyper.model.config.width <= SMALL)):
+        for item, value in zip(mine, at_once(mean_score, mine, several=small)):
             found[item] = value
             file.write("\n" + json.dumps([item, value]))
             file.flush()
             bar.update(held_out.sizes[item[1]])
     found = everybodys(found)
-    held_out.known.update({key: found[item] for item, key in keys.items()})
+    held_out.known.update({item: found[item] for item in same.values() if table[item[0]].fixed(run)})
     return {name: [[found[same[name, t, n]] for n in range(draws)] for t in range(len(held_out.tasks))] for name in table}
 
 

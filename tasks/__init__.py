@@ -164,7 +164,6 @@ def settle(typed: dict, run: dict | None = None) -> argparse.Namespace:
         raise InputError(f"--{name.replace('_', '-')} has no meaning for --task {own['task']}")
     args = argparse.Namespace(**COMMON | folders | task.DEFAULTS[size] | own)
     args.threads = torch.get_num_threads()  # with another number, sums are rounded in another order
-    torch.set_num_threads(args.threads)  # (said aloud: until somebody does, MKL takes fewer for small products)
     check_options(args, task)
     return args
 

@@ -83,6 +83,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ± shows a question mark
     if "RANK" not in os.environ:  # (once, with gloo's threads beside it, the heap was found damaged)
         keep_memory()
+    torch.set_num_threads(torch.get_num_threads())  # (said aloud: until somebody does, MKL takes fewer for small products)
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     default = {kind: signal.signal(kind, interrupt) for kind in (signal.SIGINT, signal.SIGTERM)}

@@ -40,6 +40,7 @@ from llama import Config, InputError, Linear, Llama, Tokenizer, generate, load, 
 from lora import NF4Linear, add_lora, save_tensors, write_json
 from tasks import PROJECT, Parser, open_run, positive
 from tasks.text import hf_name, write_config
+from tiny.make import write_jsonl
 from tools import print_lines, run_command
 from tools.cost import LLAMA_2_7B, flops
 from train import loss_of, parse
@@ -585,12 +586,12 @@ def make_questions(folder: Path, prompts: int = 20, rows: int = 300) -> Path:
     for n, name in enumerate(names["train"] + names["test"]):
         (folder / name).mkdir(parents=True)
         for split, count in (("train", 60), ("validation", rows)):
-            with open(folder / name / f"{split}.jsonl", "w") as file:
-                for _ in range(count):
-                    options = [" ".join([word, *rng.choices(words, k=rng.choice((0, n % 3, 3 * (n % 3))))]) for word in rng.sample(words, 4)]
-                    fields = {"targets_pretokenized": rng.choice(options), "answer_choices": options}
-                    fields["inputs_pretokenized"] = " ".join(rng.choices(words, k=rng.randint(40, 90)))
-                    file.write(json.dumps(fields) + "\n")
+            made = []
+            for _ in range(count):
+                options = [" ".join([word, *rng.choices(words, k=rng.choice((0, n % 3, 3 * (n % 3))))]) for word in rng.sample(words, 4)]
+                answer = rng.choice(options)
+                made.append((" ".join(rng.choices(words, k=rng.randint(40, 90))), answer, options))
+            write_jsonl(folder / name / f"{split}.jsonl", made)
     (folder / "splits").mkdir()
     for part in names:
         (folder / "splits" / f"{part}_tasks.txt").write_text("\n".join(names[part]))
@@ -617,13 +618,14 @@ def whole_runs(what: str, options: list[str | Path], scratch: Path, other: Path,
 def evaluation(scratch: Path, other: Path, repeats: int) -> Line:
     folder = make_questions(scratch / "questions")
     options = ["--model", PROJECT / "tiny" / "llama-c", "--data", folder.resolve(), "--steps", "1", "--batch-size", "2", "--measure", "0", "--sets", "1"]
-    return whole_runs(f"evaluating 20 prompts × 300 rows / {other.name}", options, scratch, other, repeats)
+    return whole_runs(f"evaluating 20 prompts × 300 rows / {other.resolve().name}", options, scratch, other, repeats)
 
 
 def command(scratch: Path, other: Path, repeats: int) -> Line:
-    return whole_runs(f"python train.py --task p3 / {other.name}", [], scratch, other, repeats)
+    return whole_runs(f"python train.py --task p3 / {other.resolve().name}", [], scratch, other, repeats)
 
 
+AGAINST = {"evaluation": evaluation, "command": command}
 KINDS = {"attention": ("attention",), "matrix products": ("::mm", "::addmm", "::bmm"), "silu": ("silu",), "copies": ("cat", "copy_", "index", "where")}
 
 
@@ -659,28 +661,30 @@ def profile(scratch: Path) -> None:
     print_lines(lines, total=False)
 
 
+ALONE = {"growth": growth, "load": load_7b, "data": data, "profile": profile}  # each prints what it found
+
+
 def main() -> None:
     parser = Parser(__doc__)
-    rows = [*TABLE, "growth", "load", "data", "evaluation", "command", "profile"]
+    rows = [*TABLE, *AGAINST, *ALONE]
     parser.add_argument("rows", nargs="*", metavar="ROW", default=[], help=f"{', '.join(rows)} (default: {', '.join(TABLE)})")
     parser.add_argument("--repeats", type=positive, default=7, help="timings of each way, of which the median counts")
     parser.add_argument("--scratch", type=Path, default=Path("runs/bench"), metavar="DIR", help="where weights and data are made")
-    parser.add_argument("--against", type=Path, default=Path(), metavar="DIR", help="another checkout, for evaluation and command")
+    parser.add_argument("--against", type=Path, default=None, metavar="DIR", help="another checkout, for evaluation and command")
     args = parser.parse_args()
     for row in args.rows:
         if row not in rows:
             parser.error(f"there is no row {row!r}; there are {', '.join(rows)}")
+        if row in AGAINST and not (args.against and (args.against / "train.py").exists()):
+            parser.error(f"{row}: --against DIR has to name another checkout")
     lines = [[f"{DEVICE}, {str(DTYPE).removeprefix('torch.')}{', NF4' * CUDA}, {torch.get_num_threads()} threads", "ours", "the other", "ratio"]]
     for name in [row for row in args.rows or TABLE if row in TABLE]:
         lines += TABLE[name](args.scratch, args.repeats)
-    for name, function in {"evaluation": evaluation, "command": command}.items():
-        if name in args.rows:
-            lines.append(function(args.scratch, args.against, args.repeats))
+    lines += [AGAINST[name](args.scratch, args.against, args.repeats) for name in args.rows if name in AGAINST]
     if len(lines) > 1:
         print_lines(lines, total=False)
-    for name, function in {"growth": growth, "load": load_7b, "data": data, "profile": profile}.items():
-        if name in args.rows:
-            function(args.scratch)
+    for name in [row for row in args.rows if row in ALONE]:
+        ALONE[name](args.scratch)
 
 
 if __name__ == "__main__":
