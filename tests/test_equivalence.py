@@ -1,0 +1,467 @@
+"""What training and evaluation compute is what the joint pass computes, with LoRA sets that do something.
+
+The functions that a run calls (logits of a batch, loss of a step, answers to queries) are compared with rows that
+are laid out here by hand, one query in each, and read by `HyperLlama.joint` or by the plain model. These two are
+compared with a Llama in float64 (`by_hand`). python -m tests.mutants shows which mistakes these tests find.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, G, random_hyper
+
+import eval as evaluation
+import train as training
+from data import PLAIN, Episode, EpisodeBatches, Example, Formatter
+from lora import NF4Linear
+from tasks import TASKS, Run
+from tasks.p3 import Prompt, Split, p3_tasks
+from tiny.make import write_jsonl
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+BOS, EOS, GISTS = 1, 2, [50 + i for i in range(G)]
+LETTERS = "\n :abcdefghijklmnopqrstuvwxyzIO0123456789.,?!-+"  # the tokens 3 to 49
+ANSWERERS = [None, "downstream", "hyper"]  # the paper's frozen model, its D, Mu et al.'s gisting
+
+
+class Letters:
+    """A tokenizer for the small models."""
+
+    bos, eos, size = BOS, EOS, 50
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + LETTERS.index(letter) for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(LETTERS[i - 3] if i > 2 else "_" for i in ids)
+
+
+encode = Letters().encode
+
+
+def args_of(task: str = "p3", **changes) -> argparse.Namespace:
+    """The options of a real run, some of them changed."""
+    return argparse.Namespace(**vars(training.parse(["--task", task])[0]) | changes)
+
+
+def run_of(hyper, **changes) -> Run:
+    args = args_of(gists=G, context=600, query_length=100, eval_tokens=700, **changes)
+    return Run(args, hyper, Formatter(Letters(), args.context, args.query_length))
+
+
+# ------------------------------------------------------------------------------------- rows by hand
+
+
+def word(rng: random.Random, least: int, most: int) -> str:
+    return "".join(rng.choices(LETTERS[3:29], k=rng.randint(least, most)))
+
+
+def examples_of(rng: random.Random, count: int, choices: int = 8) -> list[Example]:
+    """Inputs and options of unequal length. (Few options are short, or short ones would always win.)"""
+    examples = []
+    for _ in range(count):
+        options = tuple(dict.fromkeys(word(rng, 3, 3) for _ in range(choices - 1))) + (word(rng, 2, 4),)
+        examples.append(Example(word(rng, 1, 9), rng.choice(options), options))
+    return examples
+
+
+def shots_row(shots: list[Example]) -> list[int]:
+    return [BOS] + encode("".join(f"\nInput:\n{shot.input}\nOutput:\n{shot.target}" for shot in shots))
+
+
+def question(query: Example) -> list[int]:
+    return encode(f"\nInput:\n{query.input}\nOutput:\n")
+
+
+def joint(hyper, row: list[int]) -> torch.Tensor:
+    """Logits [T, V] of one row: examples, gists, query."""
+    return hyper.joint(torch.tensor([row]))[0]
+
+
+def plain(hyper, row: list[int], adapter: str | None = None) -> torch.Tensor:
+    """Logits [T, V] of one row without gists."""
+    return hyper.model(torch.tensor([row]), adapter=adapter)[0][0]
+
+
+def loss_by_hand(read, row: list[int], target: list[int]) -> torch.Tensor:
+    """Cross-entropy of a target after a row, summed over its tokens."""
+    return F.cross_entropy(read(row + target[:-1])[-len(target) :], torch.tensor(target), reduction="sum")
+
+
+# --------------------------------------------------------------------------- the model, in float64
+
+
+def by_hand(hyper, row: list[int], sets: list[str | None], visible: torch.Tensor) -> torch.Tensor:
+    """A Llama for one row, positions 0 … T-1. sets: the LoRA set of each token; visible [T, T] -> logits [T, V]"""
+    model, T = hyper.model, len(row)
+    H, K, hd = model.config.heads, model.config.kv_heads, model.config.head_size
+
+    def linear(module, x):
+        y = x @ module.weight.double().T
+        for name, lora in module.lora.items():
+            acts = torch.tensor([[name == other] for other in sets])
+            y = y + acts * (x @ (8 / 4 * lora.B.double() @ lora.A.double()).T)  # alpha 8, rank 4
+        return y
+
+    def norm(module, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * module.weight.double()
+
+    def rotated(x):  # [T, h*hd] -> [h, T, hd/2], complex: halves of a head are real and imaginary parts
+        frequencies = torch.tensor([10000.0 ** (-2 * i / hd) for i in range(hd // 2)], dtype=torch.float64)
+        angles = torch.arange(T)[:, None] * frequencies
+        real, imaginary = x.view(T, -1, hd).transpose(0, 1).chunk(2, dim=-1)
+        return torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
+
+    x = torch.cat((model.embed_tokens.weight, hyper.gists)).double()[row]
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        h = norm(layer.input_layernorm, x)
+        q, k = rotated(linear(attention.q_proj, h)), rotated(linear(attention.k_proj, h))
+        v = linear(attention.v_proj, h).view(T, K, hd)
+        heads = []
+        for n in range(H):
+            scores = (q[n] @ k[n * K // H].conj().T).real / hd**0.5
+            heads.append(scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, n * K // H])
+        x = x + linear(attention.o_proj, torch.cat(heads, dim=-1))
+        h = norm(layer.post_attention_layernorm, x)
+        x = x + linear(mlp.down_proj, F.silu(linear(mlp.gate_proj, h)) * linear(mlp.up_proj, h))
+    return norm(model.norm, x) @ model.lm_head.weight.double().T
+
+
+@pytest.mark.parametrize("size", [1, 0.002], ids=["", "small numbers"])  # (which need the norm's eps)
+@pytest.mark.parametrize("answerer", ANSWERERS)
+def test_the_joint_pass_is_a_llama_whose_queries_see_gists_alone(answerer, size):
+    hyper = random_hyper(answerer)
+    for table in (hyper.model.embed_tokens.weight, hyper.gists):
+        table.data *= size
+    examples, query = shots_row(examples_of(random.Random(0), 2)), [BOS, *encode("\nabc")]
+    row, end = examples + GISTS + query, len(examples) + G
+    sets = ["hyper"] * end + [answerer] * len(query)
+    visible = torch.ones(len(row), len(row)).tril().bool()
+    visible[end:, : len(examples)] = False
+    expected = by_hand(hyper, row, sets, visible).float()
+    torch.testing.assert_close(joint(hyper, row), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ANSWERERS)
+def test_the_plain_model_is_a_llama(adapter):
+    hyper, row = random_hyper("downstream"), shots_row(examples_of(random.Random(0), 2))
+    expected = by_hand(hyper, row, [adapter] * len(row), torch.ones(len(row), len(row)).tril().bool())
+    torch.testing.assert_close(plain(hyper, row, adapter), expected.float(), atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@dataclass
+class Recorded:
+    """A training task that keeps what was drawn from it: one to `shots` examples, targets of unequal length."""
+
+    name: str = "t"
+    group: str = "t"
+    weight: int = 1
+    episodes: list[Episode] = field(default_factory=list)
+
+    def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
+        examples = [Example(word(rng, 1, 9), word(rng, 1, 4)) for _ in range(queries + rng.randint(1, shots))]
+        self.episodes.append(Episode(examples[:queries], examples[queries:]))
+        return self.episodes[-1]
+
+
+def recorded_batches(method: str = "hyper") -> tuple[EpisodeBatches, list[Episode]]:
+    """Batches, and the list of the episodes that they are made of, as they are drawn."""
+    task = Recorded()
+    batches = EpisodeBatches([task], Formatter(Letters(), 600, 100), method, GISTS, shots=4)
+    task.episodes.clear()  # (the first one was only tried)
+    return batches, task.episodes
+
+
+def pairs_by_hand(hyper, episodes: list[Episode], method: str = "hyper") -> list[tuple]:
+    """(function that reads a row, row, target) for each query."""
+    pairs = []
+    for episode in episodes:
+        for query in episode.queries:
+            if method == "hyper":
+                read = lambda row: joint(hyper, row)  # noqa: E731
+                row = shots_row(episode.shots) + GISTS + [BOS]
+            else:
+                read = lambda row: plain(hyper, row, hyper.answerer)  # noqa: E731
+                row = shots_row(episode.shots if method == "fewshot" else [])
+            pairs.append((read, row + question(query), encode(query.target) + [EOS]))
+    return pairs
+
+
+def gradients(hyper) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in hyper.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("answerer", ANSWERERS)
+def test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass(answerer):
+    """Rows of unequal length, four queries each."""
+    batches, episodes = recorded_batches()
+    batch, hyper, other = batches(0, range(5, 8)), random_hyper(answerer), random_hyper(answerer)
+    assert len(episodes) == 3 and len(batch.row) == 12
+    assert len({len(shots_row(episode.shots)) for episode in episodes}) == 3
+
+    pairs = pairs_by_hand(other, episodes)
+    expected = torch.cat([read(row + target[:-1])[-len(target) :] for read, row, target in pairs])
+    torch.testing.assert_close(hyper(batch), expected, **CLOSE)
+
+    training.loss_of(hyper, batch, args_of()).backward()
+    sum(loss_by_hand(*pair) for pair in pairs).backward()
+    torch.testing.assert_close(gradients(hyper), gradients(other), atol=1e-4, rtol=1e-4)
+    assert all(gradient.abs().max() > 0 for gradient in gradients(hyper).values())
+
+
+@pytest.mark.parametrize("method", ["fewshot", "zeroshot"])
+def test_a_batch_without_gists_has_the_loss_of_plain_rows(method):
+    batches, episodes = recorded_batches(method)
+    batch, hyper = batches(0, range(3)), random_hyper("downstream")
+    expected = sum(loss_by_hand(*pair) for pair in pairs_by_hand(hyper, episodes, method))
+    torch.testing.assert_close(training.loss_of(hyper, batch, args_of()), expected, **CLOSE)
+
+
+def log_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def loop_args(**changes) -> argparse.Namespace:
+    return args_of(accumulate=2, batch_size=2, lr=0.01, gist_lr=0.01, save_every=1, **changes)
+
+
+@pytest.mark.parametrize("answerer", ANSWERERS)
+def test_the_loss_of_a_step_is_the_sum_over_its_target_tokens_divided_by_their_number(tmp_path, answerer):
+    """EOS included; two batches in the step."""
+    (batches, episodes), other = recorded_batches(), random_hyper(answerer)
+    training.train(random_hyper(answerer), batches, loop_args(steps=1), tmp_path, False, rank=0, world=1)
+    pairs = pairs_by_hand(other, episodes)
+    counts = [sum(len(target) for *_, target in half) for half in (pairs[:8], pairs[8:])]
+    assert len(pairs) == 16 and counts[0] != counts[1]
+    loss = sum(loss_by_hand(*pair) for pair in pairs) / sum(counts)
+    loss.backward()
+    norm = torch.cat([gradient.flatten() for gradient in gradients(other).values()]).norm()
+    (line,) = log_of(tmp_path)
+    assert line["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert line["norm"] == pytest.approx(norm.item(), abs=1e-4)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_rows_that_follow(tmp_path):
+    def stop(step):
+        if step == 3:
+            raise InterruptedError  # two steps are saved
+        return {}
+
+    def train(out, resume=False, measured=lambda step: {}):
+        batches, numbers = recorded_batches()[0], []
+        hyper = random_hyper("downstream")
+        out.mkdir(exist_ok=True)
+        listing = lambda seed, some: (numbers.extend(some), batches(seed, some))[1]  # noqa: E731
+        try:
+            training.train(hyper, listing, loop_args(steps=4), out, resume, rank=0, world=1, measured=measured)
+        except InterruptedError:
+            pass
+        return numbers, [(line["step"], line["loss"], line["norm"]) for line in log_of(out)]
+
+    numbers, log = train(tmp_path / "whole")
+    assert numbers == [*range(16)], "four rows in a step, each once"
+    train(tmp_path / "cut", measured=stop)
+    rest, same = train(tmp_path / "cut", resume=True)
+    assert rest == [*range(8, 16)] and same == log
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+def episodes_of(seed: int, count: int, queries: int, choices: int = 8) -> list[Episode]:
+    """Unequal numbers of examples."""
+    rng = random.Random(seed)
+    return [
+        Episode(examples_of(rng, queries, choices), examples_of(rng, n))
+        for n in rng.sample(range(2, 7), count)
+    ]
+
+
+def pooled_by_hand(hyper, shots: list[Example], row: list[int]) -> torch.Tensor:
+    """Logits of a query after means over G stretches of the base's keys and values."""
+    context = shots_row(shots)
+    _, past = hyper.model(torch.tensor([context]))
+    means = [tuple(torch.stack([part.mean(2) for part in x.tensor_split(G, 2)], 2) for x in both) for both in past]
+    offset = torch.tensor([len(context)])
+    return hyper.model(torch.tensor([row]), past=means, offset=offset, adapter=hyper.answerer)[0][0]
+
+
+def columns_by_hand(hyper, episode: Episode, other: Episode) -> dict:
+    """Column -> (function that reads a row, what comes before the question in it)."""
+    shots, alone = episode.shots, [BOS]
+    base = lambda row: plain(hyper, row)  # noqa: E731
+    trained = lambda row: plain(hyper, row, hyper.answerer)  # noqa: E731
+    after_gists = lambda row: joint(hyper, row)  # noqa: E731
+    return {
+        "main": (after_gists, shots_row(shots) + GISTS + alone),
+        "zeroshot": (base, alone),
+        "fewshot": (base, shots_row(shots)),
+        "no_prefix": (trained, alone),
+        "other_task": (after_gists, shots_row(other.shots) + GISTS + alone),
+        "mean_pooled": (lambda row: pooled_by_hand(hyper, shots, row), alone),
+        "fewer_shots": (base, shots_row(shots[:1])),
+        "trained fewshot": (trained, shots_row(shots)),
+        "trained zeroshot": (trained, alone),
+    }
+
+
+def columns_of(run: Run) -> dict:
+    """The columns that evaluation compares, and those of models that were trained without gists."""
+    trained = {f"trained {name}": evaluation.MAIN[name] for name in ("fewshot", "zeroshot")}
+    return evaluation.columns(run, [Prompt(name, name, None) for name in "ab"]) | trained
+
+
+@torch.no_grad()
+def assert_best(read, row: list[int], query: Example, answer: str, mean: bool = False) -> None:
+    """The answer has the highest log-probability of all options: the sum over its tokens, or their mean."""
+    losses = {}
+    for option in query.options:
+        losses[option] = loss_by_hand(read, row + question(query), encode(option)).item()
+        losses[option] /= len(option) if mean else 1
+    assert losses[answer] < min(losses.values()) + 1e-4
+
+
+@pytest.mark.parametrize("score", ["sum", "mean"])
+@pytest.mark.parametrize("answerer", ANSWERERS)
+def test_every_column_answers_with_the_option_that_one_row_holds_most_likely(answerer, score):
+    hyper = random_hyper(answerer)
+    run, episodes, others = run_of(hyper, score=score), episodes_of(1, 3, queries=5), episodes_of(2, 2, queries=1)
+    queries = [query for episode in episodes for query in episode.queries]
+    answered, by_column = {}, [columns_by_hand(hyper, e, others[i % 2]) for i, e in enumerate(episodes)]
+    table = columns_of(run)
+    assert table.keys() == by_column[0].keys()
+    for name, column in table.items():
+        answered[name] = answers = evaluation.respond(run, column, episodes, others)
+        for n, (query, answer) in enumerate(zip(queries, answers, strict=True)):
+            assert_best(*by_column[n // 5][name], query, answer, score == "mean")
+        scores = [100.0 * (answer == query.target) for answer, query in zip(answers, queries)]
+        assert evaluation.score(run, column, episodes, others) == scores
+    different = {"main", "zeroshot", "fewshot", "other_task", "mean_pooled"}
+    assert len({tuple(answered[name]) for name in different}) == len(different)
+
+
+@torch.no_grad()
+def greedy(read, row: list[int], end: str) -> str:
+    """What greedy decoding writes, one whole pass for each token."""
+    answer, end = [], encode(end)
+    while len(answer) < evaluation.MAX_NEW_TOKENS:
+        answer.append(read(row + answer)[-1].argmax().item())
+        if answer[-1] == EOS:
+            return Letters().decode(answer[:-1]).strip()
+        if answer[-len(end) :] == end:
+            return Letters().decode(answer[: -len(end)]).strip()
+    return Letters().decode(answer).strip()
+
+
+@pytest.mark.parametrize("answerer", ANSWERERS)
+def test_every_column_writes_what_greedy_decoding_in_one_row_writes(answerer):
+    hyper = random_hyper(answerer)
+    run, (others,) = run_of(hyper), [episodes_of(2, 1, queries=1)]
+    free = [replace(e, queries=[replace(q, options=()) for q in e.queries]) for e in episodes_of(1, 2, queries=2)]
+    read, before = columns_by_hand(hyper, free[0], others[0])["main"]
+    cut = greedy(read, before + question(free[0].queries[0]), PLAIN.end)[4:6]  # where the first answer ends then
+    for end, names in ((PLAIN.end, columns_of(run)), (cut, ["main"])):
+        episodes = [replace(episode, layout=replace(PLAIN, end=end)) for episode in free]
+        for name in names:
+            expected = []
+            for episode in episodes:
+                read, before = columns_by_hand(hyper, episode, others[0])[name]
+                expected += [greedy(read, before + question(query), end) for query in episode.queries]
+            assert evaluation.respond(run, columns_of(run)[name], episodes, others) == expected, name
+
+
+def combined_by_hand(hyper, sets: list[list[Example]], way: str):
+    """A function that reads a row after several sets of examples, each of which was read alone: at the same positions
+    and averaged; side by side; or (chain) in one row, each after the one before."""
+    rows = [shots_row(shots) + GISTS for shots in sets]
+    if way == "chain":
+        return lambda row: joint(hyper, sum(rows, []) + row)
+    pasts, ends = [], [G * (n + 1) if way == "concat" else G for n in range(len(rows))]
+    for row, end in zip(rows, ends):
+        start = torch.tensor([end - len(row)])
+        pasts.append(hyper.model(hyper.embed(torch.tensor([row])), offset=start, adapter=hyper.reader)[1])
+    merge = (lambda xs: sum(xs) / len(xs)) if way == "average" else (lambda xs: torch.cat(xs, dim=2))
+    past = []
+    for layer in zip(*pasts):
+        past.append(tuple(merge([x[:, :, -G:] for x in xs]) for xs in zip(*layer)))
+    how = {"past": past, "offset": torch.tensor(ends[-1:]), "adapter": hyper.answerer}
+    return lambda row: hyper.model(torch.tensor([row]), **how)[0][0]
+
+
+@pytest.mark.parametrize("way", ["average", "concat", "chain"])
+@pytest.mark.parametrize("answerer", ANSWERERS)
+def test_several_sets_of_examples_answer_as_they_were_combined_by_hand(answerer, way):
+    hyper, rng = random_hyper(answerer), random.Random(3)
+    run, episode = run_of(hyper, **{way: 3}), Episode(examples_of(rng, 12), examples_of(rng, 7))
+    read = combined_by_hand(hyper, [episode.shots[n::3] for n in range(3)], way)
+    answers = evaluation.respond(run, evaluation.MAIN["hyper"], [episode], [])
+    for query, answer in zip(episode.queries, answers, strict=True):
+        assert_best(read, [BOS], query, answer)
+
+
+# ----------------------------------------------------------------------------------------------- NF4
+
+NF4 = torch.tensor([  # QLoRA, appendix E
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+])  # fmt: skip
+
+
+def test_a_quantized_matrix_is_levels_times_the_scale_of_their_block():
+    """Blocks of 64 numbers whose scales differ by up to sixteen times."""
+    pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    scales = 2.0 ** torch.randint(0, 5, (64, 2, 1), generator=generator)
+    weight = (torch.randn(64, 2, 64, generator=generator) * scales).view(64, 128)
+    linear, x = NF4Linear(128, 64), torch.randn(5, 128, generator=generator)
+    linear.place(weight, "cpu", torch.float32)
+
+    blocks = weight.view(-1, 64)
+    highest = blocks.abs().amax(1, keepdim=True)
+    codes = (blocks[..., None] / highest[..., None] - NF4).abs().argmin(-1)  # [blocks, 64]
+    expected = x @ (NF4[codes] * highest).view(64, 128).T
+    y = linear(x, {})
+    assert (y - expected).norm() / expected.norm() < 0.02, "the scales have 8 bits themselves"
+    assert 0.03 < (y - x @ weight.T).norm() / (x @ weight.T).norm() < 0.12, "and four bits are few"
+
+
+# ---------------------------------------------------------------------------------- what is held out
+
+
+@pytest.mark.parametrize("task", ["p3", "sni", "symbol"])
+def test_no_held_out_task_of_the_miniature_is_trained_on(tokenizer, task):
+    args = args_of(task)
+    formatter = Formatter(tokenizer, args.context, args.query_length)
+    train, test = ({t.name for t in TASKS[task].load(args, formatter, split)} for split in ("train", "test"))
+    assert train and test and not train & test
+
+
+def test_held_out_datasets_are_told_by_name_where_no_lists_say_which(tmp_path):
+    names = (ROOT / "tiny" / "P3" / "splits" / "test_tasks.txt").read_text().split()
+    folders = ["anli_r1", "super_glue_cb_a", "winogrande_b", "rotten_c", "glue_d"]
+    for folder, name in zip(folders, names):
+        (tmp_path / folder).symlink_to(ROOT / "tiny" / "P3" / name)
+    assert {task.name for task in p3_tasks(tmp_path, "test")} == {*folders[:3]}
+    assert {task.name for task in p3_tasks(tmp_path, "train")} == {*folders[3:]}
+
+
+def test_no_query_is_among_its_own_examples(tmp_path):
+    """In training and in evaluation, where rows are there several times."""
+    rows = [(f"question {i % 9}", "yes", ["yes", "no"]) for i in range(27)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "validation.jsonl", rows[:4])
+    task = Prompt("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
+    episodes = [task.draw(random.Random(seed), 8, 4) for seed in range(20)]
+    episodes += [episode for n in range(5) for episode in task.evaluation(0, n, 8, None)]
+    for episode in episodes:
+        assert episode.queries and episode.shots
+        assert not {query.input for query in episode.queries} & {shot.input for shot in episode.shots}
