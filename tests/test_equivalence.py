@@ -18,6 +18,7 @@ from conftest import ROOT, G, random_hyper
 import eval as evaluation
 import train as training
 from data import PLAIN, Episode, EpisodeBatches, Example, Formatter
+from llama import ragged
 from lora import NF4Linear
 from tasks import TASKS, Run
 from tasks.p3 import Prompt, Split, p3_tasks
@@ -49,6 +50,15 @@ def args_of(task: str = "p3", **changes) -> argparse.Namespace:
     return argparse.Namespace(**vars(training.parse(["--task", task])[0]) | changes)
 
 
+def attentive_hyper(answerer: str | None):
+    """Answers of these models depend much on what comes before the query."""
+    hyper = random_hyper(answerer)
+    for layer in hyper.model.layers:
+        layer.self_attn.q_proj.weight *= 4
+        layer.self_attn.o_proj.weight *= 3
+    return hyper
+
+
 def run_of(hyper, **changes) -> Run:
     args = args_of(gists=G, context=600, query_length=100, eval_tokens=700, **changes)
     return Run(args, hyper, Formatter(Letters(), args.context, args.query_length))
@@ -78,19 +88,26 @@ def question(query: Example) -> list[int]:
     return encode(f"\nInput:\n{query.input}\nOutput:\n")
 
 
-def joint(hyper, row: list[int]) -> torch.Tensor:
-    """Logits [T, V] of one row: examples, gists, query."""
-    return hyper.joint(torch.tensor([row]))[0]
+def joint(hyper, rows: list[list[int]]) -> torch.Tensor:
+    """Logits [B, T, V] of rows of examples, gists and query."""
+    return hyper.joint(ragged(rows))
 
 
-def plain(hyper, row: list[int], adapter: str | None = None) -> torch.Tensor:
-    """Logits [T, V] of one row without gists."""
-    return hyper.model(torch.tensor([row]), adapter=adapter)[0][0]
+def plain(hyper, rows: list[list[int]], adapter: str | None = None) -> torch.Tensor:
+    """Logits [B, T, V] of rows without gists."""
+    return hyper.model(ragged(rows), adapter=adapter)[0]
 
 
-def loss_by_hand(read, row: list[int], target: list[int]) -> torch.Tensor:
-    """Cross-entropy of a target after a row, summed over its tokens."""
-    return F.cross_entropy(read(row + target[:-1])[-len(target) :], torch.tensor(target), reduction="sum")
+def targets_by_hand(read, row: list[int], *targets: list[int]) -> list[torch.Tensor]:
+    """For each target its logits after the row, [T, V]. (What it ends with predicts nothing.)"""
+    logits = read([row + target[:-1] for target in targets])
+    return [out[len(row) - 1 : len(row) - 1 + len(target)] for out, target in zip(logits, targets)]
+
+
+def losses_by_hand(read, row: list[int], *targets: list[int]) -> list[torch.Tensor]:
+    """For each target its cross-entropy after the row, summed over its tokens."""
+    logits = targets_by_hand(read, row, *targets)
+    return [F.cross_entropy(out, torch.tensor(target), reduction="sum") for out, target in zip(logits, targets)]
 
 
 # --------------------------------------------------------------------------- the model, in float64
@@ -145,14 +162,14 @@ def test_the_joint_pass_is_a_llama_whose_queries_see_gists_alone(answerer, size)
     visible = torch.ones(len(row), len(row)).tril().bool()
     visible[end:, : len(examples)] = False
     expected = by_hand(hyper, row, sets, visible).float()
-    torch.testing.assert_close(joint(hyper, row), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(joint(hyper, [row])[0], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("adapter", ANSWERERS)
 def test_the_plain_model_is_a_llama(adapter):
     hyper, row = random_hyper("downstream"), shots_row(examples_of(random.Random(0), 2))
     expected = by_hand(hyper, row, [adapter] * len(row), torch.ones(len(row), len(row)).tril().bool())
-    torch.testing.assert_close(plain(hyper, row, adapter), expected.float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain(hyper, [row], adapter)[0], expected.float(), atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -182,15 +199,15 @@ def recorded_batches(method: str = "hyper") -> tuple[EpisodeBatches, list[Episod
 
 
 def pairs_by_hand(hyper, episodes: list[Episode], method: str = "hyper") -> list[tuple]:
-    """(function that reads a row, row, target) for each query."""
+    """(function that reads rows, row, target) for each query."""
     pairs = []
     for episode in episodes:
         for query in episode.queries:
             if method == "hyper":
-                read = lambda row: joint(hyper, row)  # noqa: E731
+                read = lambda rows: joint(hyper, rows)  # noqa: E731
                 row = shots_row(episode.shots) + GISTS + [BOS]
             else:
-                read = lambda row: plain(hyper, row, hyper.answerer)  # noqa: E731
+                read = lambda rows: plain(hyper, rows, hyper.answerer)  # noqa: E731
                 row = shots_row(episode.shots if method == "fewshot" else [])
             pairs.append((read, row + question(query), encode(query.target) + [EOS]))
     return pairs
@@ -209,11 +226,11 @@ def test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass(ans
     assert len({len(shots_row(episode.shots)) for episode in episodes}) == 3
 
     pairs = pairs_by_hand(other, episodes)
-    expected = torch.cat([read(row + target[:-1])[-len(target) :] for read, row, target in pairs])
+    expected = torch.cat([logits for pair in pairs for logits in targets_by_hand(*pair)])
     torch.testing.assert_close(hyper(batch), expected, **CLOSE)
 
     training.loss_of(hyper, batch, args_of()).backward()
-    sum(loss_by_hand(*pair) for pair in pairs).backward()
+    sum(losses_by_hand(*pair)[0] for pair in pairs).backward()
     torch.testing.assert_close(gradients(hyper), gradients(other), atol=1e-4, rtol=1e-4)
     assert all(gradient.abs().max() > 0 for gradient in gradients(hyper).values())
 
@@ -222,7 +239,7 @@ def test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass(ans
 def test_a_batch_without_gists_has_the_loss_of_plain_rows(method):
     batches, episodes = recorded_batches(method)
     batch, hyper = batches(0, range(3)), random_hyper("downstream")
-    expected = sum(loss_by_hand(*pair) for pair in pairs_by_hand(hyper, episodes, method))
+    expected = sum(losses_by_hand(*pair)[0] for pair in pairs_by_hand(hyper, episodes, method))
     torch.testing.assert_close(training.loss_of(hyper, batch, args_of()), expected, **CLOSE)
 
 
@@ -242,7 +259,7 @@ def test_the_loss_of_a_step_is_the_sum_over_its_target_tokens_divided_by_their_n
     pairs = pairs_by_hand(other, episodes)
     counts = [sum(len(target) for *_, target in half) for half in (pairs[:8], pairs[8:])]
     assert len(pairs) == 16 and counts[0] != counts[1]
-    loss = sum(loss_by_hand(*pair) for pair in pairs) / sum(counts)
+    loss = sum(losses_by_hand(*pair)[0] for pair in pairs) / sum(counts)
     loss.backward()
     norm = torch.cat([gradient.flatten() for gradient in gradients(other).values()]).norm()
     (line,) = log_of(tmp_path)
@@ -286,28 +303,38 @@ def episodes_of(seed: int, count: int, queries: int, choices: int = 8) -> list[E
     ]
 
 
-def pooled_by_hand(hyper, shots: list[Example], row: list[int]) -> torch.Tensor:
-    """Logits of a query after means over G stretches of the base's keys and values."""
+def after(hyper, past, offset: int):
+    """A function that reads rows after keys and values of one row."""
+
+    def read(rows):
+        prefix = [tuple(x.expand(len(rows), -1, -1, -1) for x in both) for both in past]
+        offsets = torch.tensor([offset] * len(rows))
+        return hyper.model(ragged(rows), past=prefix, offset=offsets, adapter=hyper.answerer)[0]
+
+    return read
+
+
+def pooled_by_hand(hyper, shots: list[Example]):
+    """A function that reads rows after means over G stretches of the base's keys and values."""
     context = shots_row(shots)
     _, past = hyper.model(torch.tensor([context]))
     means = [tuple(torch.stack([part.mean(2) for part in x.tensor_split(G, 2)], 2) for x in both) for both in past]
-    offset = torch.tensor([len(context)])
-    return hyper.model(torch.tensor([row]), past=means, offset=offset, adapter=hyper.answerer)[0][0]
+    return after(hyper, means, len(context))
 
 
 def columns_by_hand(hyper, episode: Episode, other: Episode) -> dict:
-    """Column -> (function that reads a row, what comes before the question in it)."""
+    """Column -> (function that reads rows, what comes before the question in them)."""
     shots, alone = episode.shots, [BOS]
-    base = lambda row: plain(hyper, row)  # noqa: E731
-    trained = lambda row: plain(hyper, row, hyper.answerer)  # noqa: E731
-    after_gists = lambda row: joint(hyper, row)  # noqa: E731
+    base = lambda rows: plain(hyper, rows)  # noqa: E731
+    trained = lambda rows: plain(hyper, rows, hyper.answerer)  # noqa: E731
+    after_gists = lambda rows: joint(hyper, rows)  # noqa: E731
     return {
         "main": (after_gists, shots_row(shots) + GISTS + alone),
         "zeroshot": (base, alone),
         "fewshot": (base, shots_row(shots)),
         "no_prefix": (trained, alone),
         "other_task": (after_gists, shots_row(other.shots) + GISTS + alone),
-        "mean_pooled": (lambda row: pooled_by_hand(hyper, shots, row), alone),
+        "mean_pooled": (pooled_by_hand(hyper, shots), alone),
         "fewer_shots": (base, shots_row(shots[:1])),
         "trained fewshot": (trained, shots_row(shots)),
         "trained zeroshot": (trained, alone),
@@ -323,17 +350,14 @@ def columns_of(run: Run) -> dict:
 @torch.no_grad()
 def assert_best(read, row: list[int], query: Example, answer: str, mean: bool = False) -> None:
     """The answer has the highest log-probability of all options: the sum over its tokens, or their mean."""
-    losses = {}
-    for option in query.options:
-        losses[option] = loss_by_hand(read, row + question(query), encode(option)).item()
-        losses[option] /= len(option) if mean else 1
+    losses = losses_by_hand(read, row + question(query), *map(encode, query.options))
+    losses = {o: loss.item() / (len(o) if mean else 1) for o, loss in zip(query.options, losses)}
     assert losses[answer] < min(losses.values()) + 1e-4
 
 
-@pytest.mark.parametrize("score", ["sum", "mean"])
-@pytest.mark.parametrize("answerer", ANSWERERS)
+@pytest.mark.parametrize("answerer, score", [*((name, "sum") for name in ANSWERERS), ("downstream", "mean")])
 def test_every_column_answers_with_the_option_that_one_row_holds_most_likely(answerer, score):
-    hyper = random_hyper(answerer)
+    hyper = attentive_hyper(answerer)
     run, episodes, others = run_of(hyper, score=score), episodes_of(1, 3, queries=5), episodes_of(2, 2, queries=1)
     queries = [query for episode in episodes for query in episode.queries]
     answered, by_column = {}, [columns_by_hand(hyper, e, others[i % 2]) for i, e in enumerate(episodes)]
@@ -354,7 +378,7 @@ def greedy(read, row: list[int], end: str) -> str:
     """What greedy decoding writes, one whole pass for each token."""
     answer, end = [], encode(end)
     while len(answer) < evaluation.MAX_NEW_TOKENS:
-        answer.append(read(row + answer)[-1].argmax().item())
+        answer.append(read([row + answer])[0, -1].argmax().item())
         if answer[-1] == EOS:
             return Letters().decode(answer[:-1]).strip()
         if answer[-len(end) :] == end:
@@ -364,7 +388,7 @@ def greedy(read, row: list[int], end: str) -> str:
 
 @pytest.mark.parametrize("answerer", ANSWERERS)
 def test_every_column_writes_what_greedy_decoding_in_one_row_writes(answerer):
-    hyper = random_hyper(answerer)
+    hyper = attentive_hyper(answerer)
     run, (others,) = run_of(hyper), [episodes_of(2, 1, queries=1)]
     free = [replace(e, queries=[replace(q, options=()) for q in e.queries]) for e in episodes_of(1, 2, queries=2)]
     read, before = columns_by_hand(hyper, free[0], others[0])["main"]
@@ -380,11 +404,12 @@ def test_every_column_writes_what_greedy_decoding_in_one_row_writes(answerer):
 
 
 def combined_by_hand(hyper, sets: list[list[Example]], way: str):
-    """A function that reads a row after several sets of examples, each of which was read alone: at the same positions
+    """A function that reads rows after several sets of examples, each of which was read alone: at the same positions
     and averaged; side by side; or (chain) in one row, each after the one before."""
     rows = [shots_row(shots) + GISTS for shots in sets]
     if way == "chain":
-        return lambda row: joint(hyper, sum(rows, []) + row)
+        before = sum(rows, [])
+        return lambda rows: joint(hyper, [before + row for row in rows])[:, len(before) :]
     pasts, ends = [], [G * (n + 1) if way == "concat" else G for n in range(len(rows))]
     for row, end in zip(rows, ends):
         start = torch.tensor([end - len(row)])
@@ -393,14 +418,13 @@ def combined_by_hand(hyper, sets: list[list[Example]], way: str):
     past = []
     for layer in zip(*pasts):
         past.append(tuple(merge([x[:, :, -G:] for x in xs]) for xs in zip(*layer)))
-    how = {"past": past, "offset": torch.tensor(ends[-1:]), "adapter": hyper.answerer}
-    return lambda row: hyper.model(torch.tensor([row]), **how)[0][0]
+    return after(hyper, past, ends[-1])
 
 
 @pytest.mark.parametrize("way", ["average", "concat", "chain"])
 @pytest.mark.parametrize("answerer", ANSWERERS)
 def test_several_sets_of_examples_answer_as_they_were_combined_by_hand(answerer, way):
-    hyper, rng = random_hyper(answerer), random.Random(3)
+    hyper, rng = attentive_hyper(answerer), random.Random(3)
     run, episode = run_of(hyper, **{way: 3}), Episode(examples_of(rng, 12), examples_of(rng, 7))
     read = combined_by_hand(hyper, [episode.shots[n::3] for n in range(3)], way)
     answers = evaluation.respond(run, evaluation.MAIN["hyper"], [episode], [])
