@@ -8,6 +8,7 @@ one can't be made: its old text isn't there exactly once any more, or its tests 
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import shutil
@@ -23,14 +24,16 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 AT_ONCE = 2  # each with one thread
 LIMIT = 300  # seconds, for the tests of a mutant
+PROCESSES = multiprocessing.get_context("forkserver")
+LIBRARIES = ["pytest", "sentencepiece", "torch.distributed.tensor", "torch.utils.checkpoint", "safetensors.torch", "tqdm"]
 
 
 class Mutant(NamedTuple):
     name: str
     file: str
+    tests: Sequence[str]  # without "tests/test_"
     old: str  # stands there once
     new: str
-    tests: Sequence[str]  # without "tests/test_"
 
 
 BATCH = "equivalence.py::test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass"
@@ -48,106 +51,229 @@ HELD_OUT_BY_NAME = "equivalence.py::test_held_out_datasets_are_told_by_name_wher
 OWN_EXAMPLES = "equivalence.py::test_no_query_is_among_its_own_examples"
 MASK = "gist.py::test_the_mask_of_a_small_row_is_what_the_paper_draws"
 NUMBERS = "data.py::test_no_row_depends_on_the_number_of_processes"
+OTHER = "eval.py::test_another_task_is_one_of_another_dataset"
 PIECES = "llama.py::test_reading_in_pieces_equals_reading_at_once"
 
 MUTANTS = [
-    # ------------------------------------------------------------------------------------- positions
-    Mutant("compress: offset + 1", "gist.py", "start + last + 1", "start + last + 2", [BATCH]),
-    Mutant("compress: offset - 1", "gist.py", "start + last + 1", "start + last", [BATCH]),
-    Mutant("prefix: offset + 1", "gist.py", '"offset": self.offset, "mask"', '"offset": self.offset + 1, "mask"', [BATCH]),
-    Mutant("prefix: offset - 1", "gist.py", '"offset": self.offset, "mask"', '"offset": self.offset - 1, "mask"', [BATCH]),
-    Mutant("joint pass: query one position late", "gist.py", "offset=self.positions(tokens), adapter=adapter",
-        "offset=self.positions(tokens) + after[..., 0].long(), adapter=adapter", [JOINT]),
-    Mutant("joint pass: query one position early", "gist.py", "offset=self.positions(tokens), adapter=adapter",
-        "offset=self.positions(tokens) - after[..., 0].long(), adapter=adapter", [JOINT]),
-    Mutant("ranking: offset + 1", "eval.py", "offset=offset[:, None] + place,", "offset=offset[:, None] + place + 1,", [RANKED]),
-    Mutant("ranking: offset - 1", "eval.py", "offset=offset[:, None] + place,", "offset=offset[:, None] + place - 1,", [RANKED]),
-    Mutant("generation: prompt one position late", "llama.py", "offset=offset, adapter=adapter, mask=mask, select=last",
-        "offset=None if offset is None else offset + 1, adapter=adapter, mask=mask, select=last", [WRITTEN]),
-    Mutant("generation: answer one position late", "llama.py", "offset=position + n,", "offset=position + n + 1,", [WRITTEN]),
-    Mutant("generation: answer one position early", "llama.py", "offset=position + n,", "offset=position + n - 1,", [WRITTEN]),
-    Mutant("generation: answer after the padding", "llama.py", "else offset + lengths", "else offset + T", [WRITTEN]),
-    Mutant("gists one position early", "gist.py", "stable=True)[:, :G], None", "stable=True)[:, :G] - 1, None", [BATCH]),
-    Mutant("gists one position early in the last layer", "llama.py", "..., at if layer is early[-1] else ...)",
-        "..., (at[0], at[1] - 1) if at is not ... and layer is early[-1] else ...)", [BATCH]),
-    Mutant("average of unequal positions", "gist.py", "start=(1 + shift) * len(hyper.gists) - lengths",
-        "start=shift * len(hyper.gists)", [f"{SETS}[None-average]"]),
-    Mutant("sets side by side without a shift", "gist.py", "device=device) * side_by_side", "device=device) * 0", [f"{SETS}[None-concat]"]),
-    Mutant("sets of a chain don't see those before", "gist.py", "hyper.compress(piece, start, past=gists)",
-        "hyper.compress(piece, start)", [f"{SETS}[None-chain]"]),
-    # ---------------------------------------------------------------------------- who acts, and where
-    Mutant("compress without its LoRA set", "gist.py", "self.reader, before, mask", "None, before, mask", [BATCH]),
-    Mutant("training: hypernetwork's set left on", "gist.py", "before(part.tokens.shape[1], self.answerer)",
-        "before(part.tokens.shape[1], self.reader)", [BATCH]),
-    Mutant("joint pass: hypernetwork's set left on", "gist.py", "{self.reader: ~after,", "{self.reader: ~after | after,", [JOINT]),
-    Mutant("evaluation: hypernetwork's set left on", "eval.py", "run.hyper.answerer if column.trained",
-        "run.hyper.reader if column.trained", [RANKED]),
-    Mutant("ranking: hypernetwork's set left on", "eval.py", "given, choices, own, adapter,", "given, choices, own, run.hyper.reader,", [RANKED]),
-    Mutant("generation: hypernetwork's set left on", "eval.py", "episodes[part[0]], given, own, adapter)",
-        "episodes[part[0]], given, own, run.hyper.reader)", [WRITTEN]),
-    Mutant("generation: set dropped after a token", "llama.py", "mask=holes_mask(seen, 1), adapter=adapter)", "mask=holes_mask(seen, 1))",
-        [f"{WRITTEN}[downstream]"]),
-    Mutant("baselines answered by the trained set", "eval.py", "run.hyper.answerer if column.trained else None", "run.hyper.answerer",
-        [f"{RANKED}[downstream-sum]"]),
-    Mutant("few-shot examples read by the base", "eval.py", "longest(run.formatter, e)).tokens for e in episodes]\n    return read_rows(run.hyper.model, rows, adapter)",
-        "longest(run.formatter, e)).tokens for e in episodes]\n    return read_rows(run.hyper.model, rows)", [f"{RANKED}[downstream-sum]"]),
-    Mutant("mean-pooled examples read by the set", "eval.py", "in_context(run, episodes, t, None)", "in_context(run, episodes, t, adapter)",
-        [f"{RANKED}[downstream-sum]"]),
-    Mutant("LoRA applied twice", "llama.py", "y = y + self.lora[name](x, gate)", "y = y + 2 * self.lora[name](x, gate)", [LLAMA]),
-    Mutant("LoRA always on, as if merged", "llama.py", "for name, gate in adapter.items():\n            if name",
-        "for name, gate in (dict.fromkeys(self.lora) | dict(adapter)).items():\n            if name", [LLAMA]),
-    Mutant("LoRA's scale is alpha", "lora.py", "self.scale = alpha / rank", "self.scale = alpha", [LLAMA]),
-    Mutant("no gradient through the prefix's values", "gist.py", "return Gists(made, end, seen)",
-        "return Gists([(k, v.detach()) for k, v in made], end, seen)", [BATCH]),
-    # ---------------------------------------------------------------------------------------- masks
-    Mutant("gist mask: the next token is seen", "gist.py", "device=is_gist.device).tril()", "device=is_gist.device).tril(1)", [MASK]),
-    Mutant("gist mask: no token sees itself", "gist.py", "device=is_gist.device).tril()", "device=is_gist.device).tril(-1)", [MASK]),
-    Mutant("gist mask: the last example token is seen", "gist.py", "(is_gist[:, None, :] |",
-        "((is_gist | is_gist.roll(-1, 1))[:, None, :] |", [JOINT]),
-    Mutant("gist mask: gists are hidden", "gist.py", "(is_gist[:, None, :] |", "((is_gist & False)[:, None, :] |", [JOINT]),
-    Mutant("mask after a past: the next token is seen", "llama.py", "device=seen.device).tril()", "device=seen.device).tril(1)", [RANKED]),
-    Mutant("mask after a past: no token sees itself", "llama.py", "device=seen.device).tril()", "device=seen.device).tril(-1)", [RANKED]),
-    Mutant("causal mask: the next token is seen", "llama.py", ".tril(S - T)", ".tril(S - T + 1)", [PIECES]),
-    Mutant("causal mask: no token sees itself", "llama.py", ".tril(S - T)", ".tril(S - T - 1)", [PIECES]),
-    Mutant("gists see one token further", "llama.py", "mask = places <= asking", "mask = places - 1 <= asking", [BATCH]),
-    Mutant("padding of rows in context is seen", "gist.py", "positions_of(tokens) < lengths[:, None] if", "positions_of(tokens) <= lengths[:, None] if",
-        [RANKED]),
-    Mutant("generation sees padding", "llama.py", "positions_of(tokens) < lengths[:, None])", "positions_of(tokens) < T)", [WRITTEN]),
-    # ---------------------------------------------------------------------------- rows, loss, the loop
-    Mutant("targets shifted by one", "data.py", "range(len(prompt) - 1, len(prompt) - 1 + len(target))",
-        "range(len(prompt) - 2, len(prompt) - 2 + len(target))", [BATCH]),
-    Mutant("no loss on EOS", "data.py", "query.target) + [self.formatter.tokenizer.eos]", "query.target)", [STEP]),
-    Mutant("prompt without its last token", "data.py", "len(text) - room) :] + end, 0", "len(text) - room) :] + end[:-1], 0", [STEP]),
-    Mutant("training: another row's prefix", "data.py", "row.append(b)", "row.append((b + 1) % len(numbers))", [BATCH]),
-    Mutant("mean of the batches' means", "train.py", "loss_of(hyper, part, args) / totals[0]",
-        "loss_of(hyper, part, args) / len(part.targets) / len(batch)", [STEP]),
-    Mutant("gradients add up over steps", "train.py", "                optimizer.zero_grad()\n", "", [RESUMED]),
-    Mutant("a row depends on its place in the batch", "data.py", 'random.Random(f"{seed} {number}")', 'random.Random(f"{seed} {b}")', [NUMBERS]),
-    Mutant("each step reads the same rows", "train.py", "(step * args.accumulate + i) * args.batch_size", "i * args.batch_size", [RESUMED]),
-    Mutant("a resumed run begins with the first rows", "train.py", "draw(batches, args, first, rank", "draw(batches, args, 0, rank", [RESUMED]),
-    # --------------------------------------------------------------------------------- answers, tasks
-    Mutant("evaluation: another row's prefix", "eval.py", "torch.tensor([queries[i][0] for i in chosen]", "torch.tensor([0 for i in chosen]", [RANKED]),
-    Mutant("answers of other queries", "eval.py", "for n, i in enumerate(chosen):", "for n, i in enumerate(sorted(chosen)):", [RANKED]),
-    Mutant("an option's first token isn't scored", "eval.py", "else gain.sum()", "else gain[1:].sum()", [RANKED]),
-    Mutant("an option's first token after the wrong one", "eval.py", "n * T + len(prompt) - 1,", "n * T + len(prompt) - 2,", [RANKED]),
-    Mutant("an option sees the options before it", "eval.py", "(branch[:, None] == branch[:, :, None])", "(branch[:, None] <= branch[:, :, None])", [RANKED]),
-    Mutant("other task: the task's own gists", "eval.py", "[others[i % len(others)] for i in range(len(episodes))] if column.other else episodes",
-        "episodes", [RANKED]),
-    Mutant("a held-out task among the training tasks", "tasks/p3.py", "for name in lists[split]}", 'for name in lists["train"] + lists["test"][:1]}',
-        [HELD_OUT]),
-    Mutant("held-out datasets among the training tasks", "tasks/p3.py", '(dataset is not None) != (split == "test")',
-        'dataset is None and split == "test"', [HELD_OUT_BY_NAME]),
-    Mutant("training: a query among its examples", "tasks/p3.py", "for e in picked[queries:] if e.input not in asked]", "for e in picked[queries:]]",
-        [OWN_EXAMPLES]),
-    Mutant("evaluation: a query among its examples", "tasks/p3.py", "order) if e.input not in asked)", "order))", [OWN_EXAMPLES]),
-    # ------------------------------------------------------------------------------------- arithmetic
-    Mutant("rotary: neighbours are pairs", "llama.py", "x1, x2 = x.float().chunk(2, dim=-1)",
-        "x1, x2 = x.float().unflatten(-1, (-1, 2)).unbind(-1)", [LLAMA]),
-    Mutant("rotary: backwards", "llama.py", "(x1 * cos - x2 * sin, x2 * cos + x1 * sin)", "(x1 * cos + x2 * sin, x2 * cos - x1 * sin)", [LLAMA]),
-    Mutant("norm without its eps", "llama.py", "torch.rsqrt(mean + self.eps)", "torch.rsqrt(mean)", [JOINT]),
-    Mutant("norm of a sum instead of a mean", "llama.py", ".square() / x.shape[-1]", ".square()", [LLAMA]),
-    Mutant("NF4: the scale of another block", "lora.py", "torch.cat([state.absmax for _, state in parts])",
-        "torch.cat([state.absmax for _, state in parts]).roll(1)", [QUANTIZED]),
+    # ---------------------------------------------------------------------------------------- positions
+    Mutant("compress: offset + 1", "gist.py", [BATCH],
+        "start + last + 1",
+        "start + last + 2"),
+    Mutant("compress: offset - 1", "gist.py", [BATCH],
+        "start + last + 1",
+        "start + last"),
+    Mutant("prefix: offset + 1", "gist.py", [BATCH],
+        '"offset": self.offset, "mask"',
+        '"offset": self.offset + 1, "mask"'),
+    Mutant("prefix: offset - 1", "gist.py", [BATCH],
+        '"offset": self.offset, "mask"',
+        '"offset": self.offset - 1, "mask"'),
+    Mutant("joint pass: query one position late", "gist.py", [JOINT],
+        "offset=self.positions(tokens), adapter=adapter",
+        "offset=self.positions(tokens) + after[..., 0].long(), adapter=adapter"),
+    Mutant("joint pass: query one position early", "gist.py", [JOINT],
+        "offset=self.positions(tokens), adapter=adapter",
+        "offset=self.positions(tokens) - after[..., 0].long(), adapter=adapter"),
+    Mutant("ranking: offset + 1", "eval.py", [RANKED],
+        "offset=offset[:, None] + place,",
+        "offset=offset[:, None] + place + 1,"),
+    Mutant("ranking: offset - 1", "eval.py", [RANKED],
+        "offset=offset[:, None] + place,",
+        "offset=offset[:, None] + place - 1,"),
+    Mutant("generation: prompt one position late", "llama.py", [WRITTEN],
+        "offset=offset, adapter=adapter, mask=mask, select=last",
+        "offset=None if offset is None else offset + 1, adapter=adapter, mask=mask, select=last"),
+    Mutant("generation: answer one position late", "llama.py", [WRITTEN],
+        "offset=position + n,",
+        "offset=position + n + 1,"),
+    Mutant("generation: answer one position early", "llama.py", [WRITTEN],
+        "offset=position + n,",
+        "offset=position + n - 1,"),
+    Mutant("generation: answer after the padding", "llama.py", [WRITTEN],
+        "else offset + lengths",
+        "else offset + T"),
+    Mutant("generation: goes on from the padding", "llama.py", [WRITTEN],
+        "* T + lengths - 1",
+        "* T + T - 1"),
+    Mutant("gists one position early", "gist.py", [BATCH],
+        "stable=True)[:, :G], None",
+        "stable=True)[:, :G] - 1, None"),
+    Mutant("gists one position early in the last layer", "llama.py", [BATCH],
+        "..., at if layer is early[-1] else ...)",
+        "..., (at[0], at[1] - 1) if at is not ... and layer is early[-1] else ...)"),
+    Mutant("average of unequal positions", "gist.py", [f"{SETS}[None-average]"],
+        "start=(1 + shift) * len(hyper.gists) - lengths",
+        "start=shift * len(hyper.gists)"),
+    Mutant("sets side by side without a shift", "gist.py", [f"{SETS}[None-concat]"],
+        "device=device) * side_by_side",
+        "device=device) * 0"),
+    Mutant("sets of a chain don't see those before", "gist.py", [f"{SETS}[None-chain]"],
+        "hyper.compress(piece, start, past=gists)",
+        "hyper.compress(piece, start)"),
+    Mutant("all gists have one embedding", "gist.py", [JOINT],
+        "(tokens - V).clamp(min=0)",
+        "(tokens - V).clamp(min=0, max=0)"),
+    # ------------------------------------------------------------------------------ who acts, and where
+    Mutant("compress without its LoRA set", "gist.py", [BATCH],
+        "self.reader, before, mask",
+        "None, before, mask"),
+    Mutant("training: hypernetwork's set left on", "gist.py", [BATCH],
+        "before(part.tokens.shape[1], self.answerer)",
+        "before(part.tokens.shape[1], self.reader)"),
+    Mutant("joint pass: hypernetwork's set left on", "gist.py", [JOINT],
+        "{self.reader: ~after,",
+        "{self.reader: ~after | after,"),
+    Mutant("evaluation: hypernetwork's set left on", "eval.py", [RANKED],
+        "run.hyper.answerer if column.trained",
+        "run.hyper.reader if column.trained"),
+    Mutant("ranking: hypernetwork's set left on", "eval.py", [RANKED],
+        "given, choices, own, adapter,",
+        "given, choices, own, run.hyper.reader,"),
+    Mutant("generation: hypernetwork's set left on", "eval.py", [WRITTEN],
+        "episodes[part[0]], given, own, adapter)",
+        "episodes[part[0]], given, own, run.hyper.reader)"),
+    Mutant("generation: set dropped after a token", "llama.py", [f"{WRITTEN}[downstream]"],
+        "mask=holes_mask(seen, 1), adapter=adapter)",
+        "mask=holes_mask(seen, 1))"),
+    Mutant("baselines answered by the trained set", "eval.py", [f"{RANKED}[downstream-sum]"],
+        "run.hyper.answerer if column.trained else None",
+        "run.hyper.answerer"),
+    Mutant("few-shot examples read by the base", "eval.py", [f"{RANKED}[downstream-sum]"],
+        "episodes]\n    return read_rows(run.hyper.model, rows, adapter)",
+        "episodes]\n    return read_rows(run.hyper.model, rows)"),
+    Mutant("mean-pooled examples read by the set", "eval.py", [f"{WRITTEN}[downstream]"],
+        "in_context(run, episodes, t, None)",
+        "in_context(run, episodes, t, adapter)"),
+    Mutant("LoRA applied twice", "llama.py", [LLAMA],
+        "y = y + self.lora[name](x, gate)",
+        "y = y + 2 * self.lora[name](x, gate)"),
+    Mutant("LoRA always on, as if merged", "llama.py", [LLAMA],
+        "adapter.items():",
+        "(dict.fromkeys(self.lora) | dict(adapter)).items():"),
+    Mutant("LoRA's scale is alpha", "lora.py", [LLAMA],
+        "self.scale = alpha / rank",
+        "self.scale = alpha"),
+    Mutant("no gradient through the prefix's values", "gist.py", [BATCH],
+        "return Gists(made, end, seen)",
+        "return Gists([(k, v.detach()) for k, v in made], end, seen)"),
+    # -------------------------------------------------------------------------------------------- masks
+    Mutant("gist mask: the next token is seen", "gist.py", [MASK],
+        "device=is_gist.device).tril()",
+        "device=is_gist.device).tril(1)"),
+    Mutant("gist mask: no token sees itself", "gist.py", [MASK],
+        "device=is_gist.device).tril()",
+        "device=is_gist.device).tril(-1)"),
+    Mutant("gist mask: the last example token is seen", "gist.py", [JOINT],
+        "(is_gist[:, None, :] |",
+        "((is_gist | is_gist.roll(-1, 1))[:, None, :] |"),
+    Mutant("gist mask: gists are hidden", "gist.py", [JOINT],
+        "(is_gist[:, None, :] |",
+        "((is_gist & False)[:, None, :] |"),
+    Mutant("mask after a past: the next token is seen", "llama.py", [RANKED],
+        "device=seen.device).tril()",
+        "device=seen.device).tril(1)"),
+    Mutant("mask after a past: no token sees itself", "llama.py", [RANKED],
+        "device=seen.device).tril()",
+        "device=seen.device).tril(-1)"),
+    Mutant("causal mask: the next token is seen", "llama.py", [PIECES],
+        ".tril(S - T)",
+        ".tril(S - T + 1)"),
+    Mutant("causal mask: no token sees itself", "llama.py", [PIECES],
+        ".tril(S - T)",
+        ".tril(S - T - 1)"),
+    Mutant("gists see one token further", "llama.py", [BATCH],
+        "mask = places <= asking",
+        "mask = places - 1 <= asking"),
+    Mutant("padding of rows in context is seen", "gist.py", [RANKED],
+        "positions_of(tokens) < lengths[:, None] if",
+        "positions_of(tokens) <= lengths[:, None] if"),
+    Mutant("generation sees padding", "llama.py", [WRITTEN],
+        "positions_of(tokens) < lengths[:, None])",
+        "positions_of(tokens) < T)"),
+    # ----------------------------------------------------------------------------- rows, loss, the loop
+    Mutant("targets shifted by one", "data.py", [BATCH],
+        "range(len(prompt) - 1, len(prompt) - 1 + len(target))",
+        "range(len(prompt) - 2, len(prompt) - 2 + len(target))"),
+    Mutant("no loss on EOS", "data.py", [STEP],
+        "query.target) + [self.formatter.tokenizer.eos]",
+        "query.target)"),
+    Mutant("prompt without its last token", "data.py", [STEP],
+        "len(text) - room) :] + end, 0",
+        "len(text) - room) :] + end[:-1], 0"),
+    Mutant("training: another row's prefix", "data.py", [BATCH],
+        "row.append(b)",
+        "row.append((b + 1) % len(numbers))"),
+    Mutant("mean of the batches' means", "train.py", [STEP],
+        "loss_of(hyper, part, args) / totals[0]",
+        "loss_of(hyper, part, args) / len(part.targets) / len(batch)"),
+    Mutant("gradients add up over steps", "train.py", [RESUMED],
+        "optimizer.zero_grad()",
+        "pass"),
+    Mutant("a row depends on its place in the batch", "data.py", [NUMBERS],
+        'random.Random(f"{seed} {number}")',
+        'random.Random(f"{seed} {b}")'),
+    Mutant("each step reads the same rows", "train.py", [RESUMED],
+        "(step * args.accumulate + i) * args.batch_size",
+        "i * args.batch_size"),
+    Mutant("a resumed run begins with the first rows", "train.py", [RESUMED],
+        "draw(batches, args, first, rank",
+        "draw(batches, args, 0, rank"),
+    Mutant("a resumed run forgets the moments", "train.py", [RESUMED],
+        'like(tensors[f"{moment}.{name}"], parameter) for moment',
+        "torch.zeros_like(parameter) for moment"),
+    # ----------------------------------------------------------------------------------- answers, tasks
+    Mutant("evaluation: another row's prefix", "eval.py", [RANKED],
+        "torch.tensor([queries[i][0] for i in chosen]",
+        "torch.tensor([0 for i in chosen]"),
+    Mutant("answers of other queries", "eval.py", [RANKED],
+        "for n, i in enumerate(chosen):",
+        "for n, i in enumerate(sorted(chosen)):"),
+    Mutant("an option's first token isn't scored", "eval.py", [RANKED],
+        "else gain.sum()",
+        "else gain[1:].sum()"),
+    Mutant("options are compared by their mean", "eval.py", [RANKED],
+        'run.args.score == "mean"',
+        "True"),
+    Mutant("an option's first token after the wrong one", "eval.py", [RANKED],
+        "n * T + len(prompt) - 1,",
+        "n * T + len(prompt) - 2,"),
+    Mutant("an option sees the options before it", "eval.py", [RANKED],
+        "(branch[:, None] == branch[:, :, None])",
+        "(branch[:, None] <= branch[:, :, None])"),
+    Mutant("other task: the task's own gists", "eval.py", [RANKED],
+        "[others[i % len(others)] for i in range(len(episodes))] if column.other else episodes",
+        "episodes"),
+    Mutant("other task: one of the same dataset", "eval.py", [OTHER],
+        "tasks[i].group != tasks[t].group",
+        "i != t"),
+    Mutant("a held-out task among the training tasks", "tasks/p3.py", [HELD_OUT],
+        "for name in lists[split]}",
+        'for name in lists["train"] + lists["test"][:1]}'),
+    Mutant("held-out datasets among the training tasks", "tasks/p3.py", [HELD_OUT_BY_NAME],
+        '(dataset is not None) != (split == "test")',
+        'dataset is None and split == "test"'),
+    Mutant("training: a query among its examples", "tasks/p3.py", [OWN_EXAMPLES],
+        "for e in picked[queries:] if e.input not in asked]",
+        "for e in picked[queries:]]"),
+    Mutant("evaluation: a query among its examples", "tasks/p3.py", [OWN_EXAMPLES],
+        "order) if e.input not in asked)",
+        "order))"),
+    # --------------------------------------------------------------------------------------- arithmetic
+    Mutant("rotary: neighbours are pairs", "llama.py", [LLAMA],
+        "x1, x2 = x.float().chunk(2, dim=-1)",
+        "x1, x2 = x.float().unflatten(-1, (-1, 2)).unbind(-1)"),
+    Mutant("rotary: backwards", "llama.py", [LLAMA],
+        "(x1 * cos - x2 * sin, x2 * cos + x1 * sin)",
+        "(x1 * cos + x2 * sin, x2 * cos - x1 * sin)"),
+    Mutant("norm without its eps", "llama.py", [JOINT],
+        "torch.rsqrt(mean + self.eps)",
+        "torch.rsqrt(mean)"),
+    Mutant("norm of a sum instead of a mean", "llama.py", [LLAMA],
+        ".square() / x.shape[-1]",
+        ".square()"),
+    Mutant("NF4: the scale of another block", "lora.py", [QUANTIZED],
+        "torch.cat([state.absmax for _, state in parts])",
+        "torch.cat([state.absmax for _, state in parts]).roll(1)"),
 ]  # fmt: skip
 
 
@@ -162,30 +288,42 @@ def copy_project(folder: Path) -> None:
     (folder / "tiny").symlink_to(ROOT / "tiny")
 
 
+def run_pytest(folder: Path, argv: list[str], output: Path) -> None:
+    """In a process of its own, which has the libraries already: importing them takes longer than most tests."""
+    import pytest
+
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.chdir(folder)
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT]  # the copy is what is imported
+    sys.dont_write_bytecode = True  # tiny/ is a link into the project
+    sys.exit(pytest.main(argv))
+
+
 def test(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[str, float]:
     """What pytest says of the project with one mutant: "" where all passed, else a line; and its seconds."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hyperllama-mutant-") as name:
-        folder = Path(name) / "project"
+        folder, output = Path(name) / "project", Path(name) / "output"
         copy_project(folder)
         if mutant:
             path = folder / mutant.file
             path.write_text(path.read_text().replace(mutant.old, mutant.new))
-        paths = [f"tests/test_{test}" for test in tests]
-        # No bytecode: tiny/ is a link, and a file that changes within a second could be taken for its older self.
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
-        try:
-            done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            return f"broken: no end after {LIMIT} seconds", time.monotonic() - began
+        argv = ["-x", "-q", "-p", "no:cacheprovider", *(f"tests/test_{test}" for test in tests)]
+        process = PROCESSES.Process(target=run_pytest, args=(folder, argv, output))
+        process.start()
+        process.join(LIMIT)
+        process.kill()
+        process.join()
+        said = output.read_text() if output.exists() else "no output"
     seconds = time.monotonic() - began
-    failed = re.search(r"^FAILED (\S+?)( - .*)?$", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and failed:
+    failed = re.search(r"^FAILED tests/(.+?)( - .*)?$", said, re.MULTILINE)
+    if process.exitcode == 1 and failed:
         return failed[1], seconds
-    if done.returncode == 0:
-        return ("" if " passed" in done.stdout else "skipped"), seconds
-    return "broken: " + (done.stdout + done.stderr).strip().splitlines()[-1], seconds
+    if process.exitcode == 0:
+        return ("" if " passed" in said else "skipped"), seconds
+    return f"broken: status {process.exitcode}, {said.strip().splitlines()[-1]}", seconds
 
 
 def check(mutants: Sequence[Mutant], pool: ThreadPoolExecutor) -> list[str]:
@@ -213,6 +351,8 @@ def main() -> int:
         print(*(f"{mutant.name:<48}{mutant.file}" for mutant in mutants), sep="\n")
         return 0
     began, survived = time.monotonic(), 0
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    PROCESSES.set_forkserver_preload(LIBRARIES)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         problems = check(mutants, pool) if mutants else ["there is no such mutant"]
         if problems:
@@ -221,7 +361,7 @@ def main() -> int:
         print(f"{'mutant':<48}{'file':<13}{'seconds':>7}  killed by")
         for mutant, (result, seconds) in zip(mutants, pool.map(lambda m: test(m.tests, m), mutants)):
             survived += not result or result.startswith("broken")
-            killer = result.removeprefix("tests/") or "SURVIVED"
+            killer = result or "SURVIVED"
             print(f"{mutant.name:<48}{mutant.file:<13}{seconds:>7.1f}  {killer}", flush=True)
     print(f"{len(mutants)} mutants, {survived} survived, {time.monotonic() - began:.0f} seconds")
     return int(survived > 0)
