@@ -1,10 +1,11 @@
-"""Mistakes on purpose: each of these one-line changes must make one of the tests named beside it fail.
+"""Mutation tests: each one-line mistake below must make one of the tests beside it fail.
 
-    python -m tests.mutants [NAME …]   those whose name contains a NAME (default: all, in three minutes on two cores)
-    python -m tests.mutants --list     the names
+    python -m tests.mutants            all of them: under three minutes on two cores
+    python -m tests.mutants NAME …     those whose name contains a NAME
+    python -m tests.mutants --list     their names
 
-The project is copied into a temporary folder, changed there, and tested. Exit status 1 if a mutant survives, 2 if
-one can't be made: its old text isn't there exactly once any more, or its tests fail without it.
+Each mutant is made and tested in a temporary copy of the project. Exit status 1 if one survives; 2 if one
+can't be made, because its old text doesn't occur exactly once, or if its tests fail without it.
 """
 
 import argparse
@@ -25,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 AT_ONCE = 2  # each with one thread
 LIMIT = 300  # seconds, for the tests of a mutant
 PROCESSES = multiprocessing.get_context("forkserver")
-LIBRARIES = ["pytest", "sentencepiece", "torch.distributed.tensor", "torch.utils.checkpoint", "safetensors.torch", "tqdm"]
+LIBRARIES = ["pytest", "sentencepiece", "safetensors.torch", "torch.distributed.tensor", "tqdm"]
 
 
 class Mutant(NamedTuple):
     name: str
     file: str
     tests: Sequence[str]  # without "tests/test_"
-    old: str  # stands there once
+    old: str  # occurs exactly once in the file
     new: str
 
 
@@ -42,7 +43,7 @@ STEP = "equivalence.py::test_the_loss_of_a_step_is_the_sum_over_its_target_token
 RESUMED = "equivalence.py::test_a_run_that_was_stopped_goes_on_with_the_rows_that_follow"
 RANKED = "equivalence.py::test_every_column_answers_with_the_option_that_one_row_holds_most_likely"
 WRITTEN = "equivalence.py::test_every_column_writes_what_greedy_decoding_in_one_row_writes"
-SETS = "equivalence.py::test_several_sets_of_examples_answer_as_they_were_combined_by_hand"
+SETS = "equivalence.py::test_several_sets_of_examples_answer_like_sets_combined_by_hand"
 JOINT = "equivalence.py::test_the_joint_pass_is_a_llama_whose_queries_see_gists_alone"
 LLAMA = "equivalence.py::test_the_plain_model_is_a_llama"
 QUANTIZED = "equivalence.py::test_a_quantized_matrix_is_levels_times_the_scale_of_their_block"
@@ -200,6 +201,9 @@ MUTANTS = [
     Mutant("prompt without its last token", "data.py", [STEP],
         "len(text) - room) :] + end, 0",
         "len(text) - room) :] + end[:-1], 0"),
+    Mutant("few-shot training: a second BOS", "data.py", [PLAIN_BATCH],
+        "query, budget, bos=False)",
+        "query, budget, bos=True)"),
     Mutant("training: another row's prefix", "data.py", [BATCH],
         "row.append(b)",
         "row.append((b + 1) % len(numbers))"),
@@ -225,6 +229,9 @@ MUTANTS = [
     Mutant("evaluation: another row's prefix", "eval.py", [RANKED],
         "torch.tensor([queries[i][0] for i in chosen]",
         "torch.tensor([0 for i in chosen]"),
+    Mutant("few-shot evaluation: a second BOS", "eval.py", [RANKED],
+        'in_context, trained=False, instruct="no", bos=False)',
+        'in_context, trained=False, instruct="no", bos=True)'),
     Mutant("answers of other queries", "eval.py", [RANKED],
         "for n, i in enumerate(chosen):",
         "for n, i in enumerate(sorted(chosen)):"),
@@ -278,7 +285,7 @@ MUTANTS = [
 
 
 def copy_project(folder: Path) -> None:
-    """Everything that git would keep. (There is no ../shared beside it, so tests with real data are skipped.)"""
+    """All that git would track. The copy has no ../shared beside it, so tests with real data are skipped."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in names:
@@ -289,60 +296,61 @@ def copy_project(folder: Path) -> None:
 
 
 def run_pytest(folder: Path, argv: list[str], output: Path) -> None:
-    """In a process of its own, which has the libraries already: importing them takes longer than most tests."""
+    """Runs in a process forked from one that has imported LIBRARIES, which takes longer than most tests."""
     import pytest
 
     with open(output, "w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.chdir(folder)
-    sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT]  # the copy is what is imported
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]  # import the copy instead
     sys.dont_write_bytecode = True  # tiny/ is a link into the project
     sys.exit(pytest.main(argv))
 
 
-def test(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[str, float]:
-    """What pytest says of the project with one mutant: "" where all passed, else a line; and its seconds."""
+def run_tests(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[str, float]:
+    """The first failing test, and seconds. "" if all passed, "skipped" if none ran, "broken: …" otherwise."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hyperllama-mutant-") as name:
         folder, output = Path(name) / "project", Path(name) / "output"
         copy_project(folder)
         if mutant:
             path = folder / mutant.file
-            path.write_text(path.read_text().replace(mutant.old, mutant.new))
+            path.write_text(path.read_text("utf-8").replace(mutant.old, mutant.new), "utf-8")
         argv = ["-x", "-q", "-p", "no:cacheprovider", *(f"tests/test_{test}" for test in tests)]
         process = PROCESSES.Process(target=run_pytest, args=(folder, argv, output))
         process.start()
         process.join(LIMIT)
         process.kill()
         process.join()
-        said = output.read_text() if output.exists() else "no output"
+        lines = output.read_text("utf-8").splitlines() if output.exists() else []
     seconds = time.monotonic() - began
-    failed = re.search(r"^FAILED tests/(.+?)( - .*)?$", said, re.MULTILINE)
+    failed = [match[1] for line in lines if (match := re.match(r"FAILED tests/(.+?)( - .*)?$", line))]
     if process.exitcode == 1 and failed:
-        return failed[1], seconds
+        return failed[0], seconds
     if process.exitcode == 0:
-        return ("" if " passed" in said else "skipped"), seconds
-    return f"broken: status {process.exitcode}, {said.strip().splitlines()[-1]}", seconds
+        return ("" if " passed" in lines[-1] else "skipped"), seconds
+    return f"broken: status {process.exitcode}, {lines[-1] if lines else 'no output'}", seconds
 
 
 def check(mutants: Sequence[Mutant], pool: ThreadPoolExecutor) -> list[str]:
-    """What keeps mutants from saying anything: old text that isn't there once, tests that fail without them."""
+    """Why results would mean nothing: an old text that isn't unique, tests that fail without mutants."""
     problems = []
     for mutant in mutants:
-        count = (ROOT / mutant.file).read_text().count(mutant.old)
+        count = (ROOT / mutant.file).read_text("utf-8").count(mutant.old)
         if count != 1:
-            problems.append(f"{mutant.name}: {mutant.file} holds its old text {count} times, not once")
+            problems.append(f"{mutant.name}: its old text occurs {count} times in {mutant.file}, not once")
     if problems:
         return problems
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     parts = [part for part in (tests[n::AT_ONCE] for n in range(AT_ONCE)) if part]
-    results = [result for result, _ in pool.map(test, parts)]
+    results = [result for result, _ in pool.map(run_tests, parts)]
     return [f"without any mutant: {result}" for result in results if result not in ("", "skipped")]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
@@ -353,13 +361,14 @@ def main() -> int:
     began, survived = time.monotonic(), 0
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     PROCESSES.set_forkserver_preload(LIBRARIES)
+    unknown = [f"no mutant is called {name!r}" for name in args.names if not any(name in m.name for m in mutants)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        problems = check(mutants, pool) if mutants else ["there is no such mutant"]
+        problems = unknown or check(mutants, pool)
         if problems:
             print(*problems, sep="\n", file=sys.stderr)
             return 2
         print(f"{'mutant':<48}{'file':<13}{'seconds':>7}  killed by")
-        for mutant, (result, seconds) in zip(mutants, pool.map(lambda m: test(m.tests, m), mutants)):
+        for mutant, (result, seconds) in zip(mutants, pool.map(lambda m: run_tests(m.tests, m), mutants)):
             survived += not result or result.startswith("broken")
             killer = result or "SURVIVED"
             print(f"{mutant.name:<48}{mutant.file:<13}{seconds:>7.1f}  {killer}", flush=True)

@@ -1,11 +1,12 @@
-"""What training and evaluation compute is what the joint pass computes, with LoRA sets that do something.
+"""Training and evaluation compute what the joint pass computes, with LoRA sets whose B is not zero.
 
-The functions that a run calls (logits of a batch, loss of a step, answers to queries) are compared with rows that
-are laid out here by hand, one query in each, and read by `HyperLlama.joint` or by the plain model. These two are
-compared with a Llama in float64 (`by_hand`). python -m tests.mutants shows which mistakes these tests find.
+The functions that a run calls (logits of a batch, loss of a step, answers to queries) are compared with rows
+laid out here by hand, one query per row, which `HyperLlama.joint` or the plain model reads. Those two are
+compared with a Llama in float64 (`by_hand`). `python -m tests.mutants` shows what mistakes these tests catch.
 """
 
 import argparse
+import contextlib
 import json
 import random
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,7 @@ def word(rng: random.Random, least: int, most: int) -> str:
 
 
 def examples_of(rng: random.Random, count: int, choices: int = 8) -> list[Example]:
-    """Inputs and options of unequal length. (Few options are short, or short ones would always win.)"""
+    """Inputs and options of unequal length. (Most options have three letters: short ones win too easily.)"""
     examples = []
     for _ in range(count):
         options = tuple(dict.fromkeys(word(rng, 3, 3) for _ in range(choices - 1))) + (word(rng, 2, 4),)
@@ -108,15 +109,15 @@ def targets_by_hand(read, row: list[int], *targets: list[int]) -> list[torch.Ten
 
 def losses_by_hand(read, row: list[int], *targets: list[int]) -> list[torch.Tensor]:
     """For each target its cross-entropy after the row, summed over its tokens."""
-    logits = targets_by_hand(read, row, *targets)
-    return [F.cross_entropy(out, torch.tensor(target), reduction="sum") for out, target in zip(logits, targets)]
+    pairs = zip(targets_by_hand(read, row, *targets), targets)
+    return [F.cross_entropy(logits, torch.tensor(target), reduction="sum") for logits, target in pairs]
 
 
 # --------------------------------------------------------------------------- the model, in float64
 
 
 def by_hand(hyper, row: list[int], sets: list[str | None], visible: torch.Tensor) -> torch.Tensor:
-    """A Llama for one row, positions 0 … T-1. sets: the LoRA set of each token; visible [T, T] -> logits [T, V]"""
+    """A Llama for one row, positions 0 … T-1: logits [T, V]. sets: each token's LoRA set; visible [T, T]."""
     model, T = hyper.model, len(row)
     H, K, hd = model.config.heads, model.config.kv_heads, model.config.head_size
 
@@ -179,7 +180,7 @@ def test_the_plain_model_is_a_llama(adapter):
 
 @dataclass
 class Recorded:
-    """A training task that keeps what was drawn from it: one to `shots` examples, targets of unequal length."""
+    """A training task that records its episodes: one to `shots` examples, targets of unequal length."""
 
     name: str = "t"
     group: str = "t"
@@ -193,10 +194,10 @@ class Recorded:
 
 
 def recorded_batches(method: str = "hyper") -> tuple[EpisodeBatches, list[Episode]]:
-    """Batches, and the list of the episodes that they are made of, as they are drawn."""
+    """Batches, and a list that fills with their episodes as they are drawn."""
     task = Recorded()
     batches = EpisodeBatches([task], Formatter(Letters(), 600, 100), method, GISTS, shots=4)
-    task.episodes.clear()  # (the first one was only tried)
+    task.episodes.clear()  # EpisodeBatches draws one to check the task
     return batches, task.episodes
 
 
@@ -276,14 +277,16 @@ def test_a_run_that_was_stopped_goes_on_with_the_rows_that_follow(tmp_path):
         return {}
 
     def train(out, resume=False, measured=lambda step: {}):
-        batches, numbers = recorded_batches()[0], []
-        hyper = random_hyper("downstream")
+        batches, _ = recorded_batches()
+        hyper, numbers = random_hyper("downstream"), []
         out.mkdir(exist_ok=True)
-        listing = lambda seed, some: (numbers.extend(some), batches(seed, some))[1]  # noqa: E731
-        try:
-            training.train(hyper, listing, loop_args(steps=4), out, resume, rank=0, world=1, measured=measured)
-        except InterruptedError:
-            pass
+
+        def listing(seed, rows):
+            numbers.extend(rows)
+            return batches(seed, rows)
+
+        with contextlib.suppress(InterruptedError):
+            training.train(hyper, listing, loop_args(steps=4), out, resume, 0, 1, measured)
         return numbers, [(line["step"], line["loss"], line["norm"]) for line in log_of(out)]
 
     numbers, log = train(tmp_path / "whole")
@@ -320,7 +323,11 @@ def pooled_by_hand(hyper, shots: list[Example]):
     """A function that reads rows after means over G stretches of the base's keys and values."""
     context = shots_row(shots)
     _, past = hyper.model(torch.tensor([context]))
-    means = [tuple(torch.stack([part.mean(2) for part in x.tensor_split(G, 2)], 2) for x in both) for both in past]
+
+    def means_of(x):  # [1, K, P, hd] -> [1, K, G, hd]
+        return torch.stack([part.mean(2) for part in x.tensor_split(G, dim=2)], dim=2)
+
+    means = [(means_of(k), means_of(v)) for k, v in past]
     return after(hyper, means, len(context))
 
 
@@ -351,7 +358,7 @@ def columns_of(run: Run) -> dict:
 
 @torch.no_grad()
 def assert_best(read, row: list[int], query: Example, answer: str, mean: bool = False) -> None:
-    """The answer has the highest log-probability of all options: the sum over its tokens, or their mean."""
+    """The answer is the option with the highest log-probability: the sum over its tokens, or their mean."""
     losses = losses_by_hand(read, row + question(query), *map(encode, query.options))
     losses = {o: loss.item() / (len(o) if mean else 1) for o, loss in zip(query.options, losses)}
     assert losses[answer] < min(losses.values()) + 1e-4
@@ -360,7 +367,8 @@ def assert_best(read, row: list[int], query: Example, answer: str, mean: bool = 
 @pytest.mark.parametrize("answerer, score", [*((name, "sum") for name in ANSWERERS), ("downstream", "mean")])
 def test_every_column_answers_with_the_option_that_one_row_holds_most_likely(answerer, score):
     hyper = attentive_hyper(answerer)
-    run, episodes, others = run_of(hyper, score=score), episodes_of(1, 3, queries=5), episodes_of(2, 2, queries=1)
+    run = run_of(hyper, score=score)
+    episodes, others = episodes_of(1, 3, queries=5), episodes_of(2, 2, queries=1)
     queries = [query for episode in episodes for query in episode.queries]
     answered, by_column = {}, [columns_by_hand(hyper, e, others[i % 2]) for i, e in enumerate(episodes)]
     table = columns_of(run)
@@ -391,10 +399,11 @@ def greedy(read, row: list[int], end: str) -> str:
 @pytest.mark.parametrize("answerer", ANSWERERS)
 def test_every_column_writes_what_greedy_decoding_in_one_row_writes(answerer):
     hyper = attentive_hyper(answerer)
-    run, (others,) = run_of(hyper), [episodes_of(2, 1, queries=1)]
-    free = [replace(e, queries=[replace(q, options=()) for q in e.queries]) for e in episodes_of(1, 2, queries=2)]
+    run, others, free = run_of(hyper), episodes_of(2, 1, queries=1), []
+    for episode in episodes_of(1, 3, queries=1):
+        free.append(replace(episode, queries=[replace(query, options=()) for query in episode.queries]))
     read, before = columns_by_hand(hyper, free[0], others[0])["main"]
-    cut = greedy(read, before + question(free[0].queries[0]), PLAIN.end)[4:6]  # where the first answer ends then
+    cut = greedy(read, before + question(free[0].queries[0]), PLAIN.end)[4:6]  # ends the first answer early
     for end, names in ((PLAIN.end, columns_of(run)), (cut, ["main"])):
         episodes = [replace(episode, layout=replace(PLAIN, end=end)) for episode in free]
         for name in names:
@@ -406,8 +415,12 @@ def test_every_column_writes_what_greedy_decoding_in_one_row_writes(answerer):
 
 
 def combined_by_hand(hyper, sets: list[list[Example]], way: str):
-    """A function that reads rows after several sets of examples, each of which was read alone: at the same positions
-    and averaged; side by side; or (chain) in one row, each after the one before."""
+    """A function that reads rows after several sets of examples.
+
+    average  each set compressed alone, its gists at positions 0 … G-1
+    concat   each set compressed alone, its gists after those of the set before
+    chain    all sets in one row
+    """
     rows = [shots_row(shots) + GISTS for shots in sets]
     if way == "chain":
         before = sum(rows, [])
@@ -425,9 +438,9 @@ def combined_by_hand(hyper, sets: list[list[Example]], way: str):
 
 @pytest.mark.parametrize("way", ["average", "concat", "chain"])
 @pytest.mark.parametrize("answerer", ANSWERERS)
-def test_several_sets_of_examples_answer_as_they_were_combined_by_hand(answerer, way):
+def test_several_sets_of_examples_answer_like_sets_combined_by_hand(answerer, way):
     hyper, rng = attentive_hyper(answerer), random.Random(3)
-    run, episode = run_of(hyper, **{way: 3}), Episode(examples_of(rng, 12), examples_of(rng, 7))
+    run, episode = run_of(hyper, **{way: 3}), Episode(examples_of(rng, 60), examples_of(rng, 7))
     read = combined_by_hand(hyper, [episode.shots[n::3] for n in range(3)], way)
     answers = evaluation.respond(run, evaluation.MAIN["hyper"], [episode], [])
     for query, answer in zip(episode.queries, answers, strict=True):
