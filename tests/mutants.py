@@ -361,9 +361,9 @@ def main() -> int:
     began, survived = time.monotonic(), 0
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     PROCESSES.set_forkserver_preload(LIBRARIES)
-    unknown = [f"no mutant is called {name!r}" for name in args.names if not any(name in m.name for m in mutants)]
+    unknown = [name for name in args.names if not any(name in mutant.name for mutant in mutants)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        problems = unknown or check(mutants, pool)
+        problems = [f"no mutant is called {name!r}" for name in unknown] or check(mutants, pool)
         if problems:
             print(*problems, sep="\n", file=sys.stderr)
             return 2

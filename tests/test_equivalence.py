@@ -440,7 +440,7 @@ def combined_by_hand(hyper, sets: list[list[Example]], way: str):
 @pytest.mark.parametrize("answerer", ANSWERERS)
 def test_several_sets_of_examples_answer_like_sets_combined_by_hand(answerer, way):
     hyper, rng = attentive_hyper(answerer), random.Random(3)
-    run, episode = run_of(hyper, **{way: 3}), Episode(examples_of(rng, 60), examples_of(rng, 7))
+    run, episode = run_of(hyper, **{way: 3}), Episode(examples_of(rng, 24), examples_of(rng, 7))
     read = combined_by_hand(hyper, [episode.shots[n::3] for n in range(3)], way)
     answers = evaluation.respond(run, evaluation.MAIN["hyper"], [episode], [])
     for query, answer in zip(episode.queries, answers, strict=True):
