@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eval import ask
 from llama import Config, InputError
-from tasks import TASKS, Parser, Run, add_places, open_run, read_args, settle, several
+from tasks import TASKS, Parser, Run, add_places, open_run, portable, read_args, settle, several
 from tools import print_lines, run_command
 
 TINYLLAMA = Config(32000, 2048, 22, 32, 4, 64, 5632, 1e-5, 10000.0, 2048)
@@ -61,8 +61,8 @@ def print_needs() -> None:
             "weights in bf16": f"{2 * (matrices + outside) / 1e9:.1f} GB",
             "weights with --quantize": f"{(matrices * (0.5 + 1 / 64 + 4 / 64 / 256) + 2 * outside) / 1e9:.1f} GB",
             "LoRA set and its Adam, float32": f"{12 * lora / 1e9:.2f} GB",
-            "gists of a task, 16, bf16": f"{2 * 2 * c.layers * c.kv_heads * c.head_size * 16 / 2**20:.1f} MiB",
-            "keys and values of 373 tokens, bf16": f"{2 * 2 * c.layers * c.kv_heads * c.head_size * 373 / 1e6:.0f} MB",
+            "gists of a task, 16, bf16": f"{2 * 2 * c.layers * c.kv_heads * c.head_size * 16 / 1e6:.1f} MB",
+            "keys and values of 379 tokens, bf16": f"{2 * 2 * c.layers * c.kv_heads * c.head_size * 379 / 1e6:.0f} MB",
             "operations of 10,000 steps": f"{step * 1e4 / 1e18:.2f} × 10¹⁸",
             "hours of it at 100 TFLOP/s (a GPU)": f"{step * 1e4 / 1e14 / 3600:.1f}",
             "hours of it at 0.2 TFLOP/s (two CPU cores)": f"{step * 1e4 / 2e11 / 3600:,.0f}",
@@ -76,10 +76,10 @@ def print_cost(run: Run) -> None:
     drawn = [task.evaluation(args.seed, 0, args.shots, 20)[0] for task in run.task.load(args, formatter, "test")]
     examples = round(statistics.fmean(len(formatter.context_row(e, budget=args.context - args.gists).tokens) for e in drawn))
     query = round(statistics.fmean(len(p.tokens) for e in drawn for p in ask(formatter, e)[0]))
-    G = args.gists
-    print(f"{examples} tokens of examples, {query} of a query (means of {args.data}), {G} gists; one logit row a query\n")
+    G, written = args.gists, portable(args)
+    print(f"{examples} tokens of examples, {query} of a query (means of {written['data']}), {G} gists; one logit row a query\n")
     adapted, weight = args.rank if run.hyper.answerer else 0, run.hyper.model.embed_tokens.weight
-    for name, c, size in ((args.model, run.hyper.model.config, weight.element_size()), ("Llama-2-7B, bf16", LLAMA_2_7B, 2)):
+    for name, c, size in ((written["model"], run.hyper.model.config, weight.element_size()), ("Llama-2-7B, bf16", LLAMA_2_7B, 2)):
         kept, each = at_use(c, vars(args), query, size, adapted)
         ways = {  # once, per query, bytes kept
             "in context": (0, flops(c, examples + query, logits=1), 0),
