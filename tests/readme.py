@@ -234,7 +234,8 @@ def run_block(block: Block, folder: Path) -> int:
         seconds = time.monotonic() - start
         outputs.append(stdout)
         if not problem and status:
-            problem = f"exit status {status}\n{stdout}{re.sub(r'[^\n]*\r', '', stderr)}"
+            without_progress = re.sub(r"[^\n]*\r", "", stderr)
+            problem = f"exit status {status}\n{stdout}{without_progress}"
         last = number == commands[-1][0]
         if not problem and last and block.shown is not None and not is_short:
             measured = program_of(command) in ("train.py", "eval.py")

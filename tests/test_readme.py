@@ -1,0 +1,124 @@
+"""The README as a program: what tests/readme.py makes of a page; and what the README says in prose, against what it shows."""
+
+import re
+
+import pytest
+import readme
+from conftest import ROOT
+from readme import Block, ReadmeError, difference, parse, run_block, shortened
+
+PAGE = """\
+<!-- short: --steps 3 --limit 2; eval.py --limit 2 -->
+```sh
+python train.py --task p3 "a # b"   # an explanation
+# nothing but an explanation
+python eval.py RUN \\
+    --sets 1
+```
+
+```
+shown
+```
+
+```
+a picture
+```
+
+- in a list:
+
+  <!-- needs: torch -->
+  <!-- not run: a reason -->
+  ```python
+  for x in ():
+      print(x)
+  ```
+"""
+
+
+def test_blocks_have_their_commands_comments_and_outputs():
+    shell, python = parse(PAGE)
+    assert shell.commands() == [(3, 'python train.py --task p3 "a # b"   # an explanation'), (5, "python eval.py RUN \\\n    --sets 1")]
+    assert shell.short == {"train.py": "--steps 3 --limit 2", "eval.py": "--limit 2"}
+    assert shell.shown == "shown" and python.shown is None
+    assert python.commands() == [(22, "for x in ():\n    print(x)")]
+    assert python.needs == ["torch"] and python.not_run == "a reason"
+
+
+@pytest.mark.parametrize(
+    "page, problem",
+    [
+        ("<!-- shorter: --steps 3 -->\n```sh\ntrue\n```", "unknown comment"),
+        ("<!-- not run: -->\n```sh\ntrue\n```", "unknown comment"),
+        ("<!-- not run: why -->\n\n```sh\ntrue\n```", "not directly above"),
+        ("<!-- a note -->\ntext", "not directly above"),
+        ("<!-- not run: why -->\n```\noutput\n```", "isn't run"),
+        ("```bash\ntrue\n```", "unknown language 'bash'"),
+        ("```\npython train.py --task p3\n```", "holds a command"),
+        ("```sh\ntrue", "without end"),
+    ],
+)
+def test_other_forms_are_errors(page, problem):
+    with pytest.raises(ReadmeError, match=problem):
+        parse(page)
+
+
+def test_only_the_programs_that_a_comment_names_are_shortened():
+    short = {"train.py": "--steps 3", "tools.probe": "--sets 1"}
+    assert shortened("torchrun --nproc-per-node 2 train.py --task p3  # why", short) == "torchrun --nproc-per-node 2 train.py --task p3 --steps 3"
+    assert shortened("python -m tools.probe RUN", short) == "python -m tools.probe RUN --sets 1"
+    assert shortened("python eval.py RUN  # why", short) == "python eval.py RUN  # why"
+
+
+def test_numbers_may_differ_only_where_they_are_measured():
+    assert not difference("a  99.7 ± 0.7\n-----", "a  100.0 ± 0.0\n------", measured=True)
+    assert difference("a  94.0", "a  100.0", measured=True)
+    assert difference("60 queries 94.0", "61 queries 94.0", measured=True)
+    assert difference("a  99.7", "a  99.8", measured=False)
+    assert not difference("kilo  (kilo 90 %, jade 10 %)", "kilo  (kilo 87 %, jade 13 %)", measured=False)
+    assert difference("kilo  (kilo 51 %, jade 49 %)", "jade  (kilo 49 %, jade 51 %)", measured=False)
+    assert difference("kilo 90 %", "kilo 80 %", measured=False)
+    assert difference("one line", "one line\nanother", measured=True)
+
+
+def test_blocks_run_in_one_folder_and_failures_are_counted(tmp_path, capsys):
+    page = "```sh\necho one > file\n```\n```sh\ncat file\n```\n```\none\n```\n```sh\ncat file\n```\n```\ntwo\n```\n"
+    page += "```sh\nfalse | true\necho later\n```\n<!-- needs: no_such_package -->\n```sh\nfalse\n```\n<!-- not run: why -->\n```sh\nfalse\n```\n"
+    assert [run_block(block, tmp_path) for block in parse(page)] == [0, 0, 1, 1, 0, 0]
+    printed = capsys.readouterr().out
+    assert "the README shows  two" in printed and "exit status 1" in printed
+    assert "not run (needs no_such_package)" in printed and "not run (why)" in printed
+
+
+def test_a_shortened_command_is_not_compared(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("import sys\nprint(*sys.argv[1:])\n")
+    block = Block("README.md", 1, "sh", "python train.py", {"train.py": "--steps 3"}, shown="the table of a whole run")
+    assert run_block(block, tmp_path) == 0
+    block.short = {}
+    assert run_block(block, tmp_path) == 1
+
+
+# ------------------------------------------------------------------------------- the README in prose
+
+
+def prose_and_outputs() -> tuple[str, str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return prose, "\n".join(block.shown or "" for block in parse(text))
+
+
+def test_sizes_in_the_readme_are_those_that_its_commands_print():
+    prose, outputs = prose_and_outputs()
+    sizes = re.findall(r"\d[\d.,]* (?:MB|bytes)\b", prose)
+    assert len(sizes) >= 4 and not re.search(r"\d [KMG]iB\b", prose + outputs)
+    for size in sizes:
+        assert size in outputs or re.search(rf"(?<![\d,]){size.split()[0]}(?![\d,])", outputs), size
+
+
+def test_means_in_the_readme_are_those_of_the_results():
+    means = re.findall(r"\d+\.\d ± \d+\.\d", prose_and_outputs()[0])
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    assert means and all(mean in results for mean in means)
+
+
+def test_linked_pages_are_those_of_docs():
+    assert readme.linked_pages("[a](docs/a.md), [b](docs/b.md#part), [a](docs/a.md), [c](C.md)") == ["docs/a.md", "docs/b.md"]
