@@ -1,16 +1,15 @@
-"""The README as a program: every command of README.md, and of the pages in docs/ that it links, runs as printed.
+"""The README as a program: every command of README.md, and of the pages in docs/ that it links, is run.
 
     python -m tests.readme [FILE…]    in a fresh clone of HEAD; --here: in a copy of the working tree
 
-Blocks ```sh and ```python run in order, in one folder and one environment (the one this runs in), so that later
-ones see what earlier ones made. Each line of a sh block is a command by itself. A ``` block right below a command
-is its output and is compared with it, word for word. Numbers differ between machines in two places alone: scores
-of train.py and eval.py (those with a decimal point), and numbers before a % sign; there, ± 5 will do.
-A comment directly above a block may say:
+Blocks ```sh and ```python run in order, in one folder and in this environment: later ones see what earlier
+ones made. Each line of a sh block is a command by itself. A ``` block right below commands is their output,
+compared word for word. Scores of train.py and eval.py (numbers with a decimal point) and numbers before a
+% sign differ between machines: there, ± 5 will do. A comment directly above a block may say:
 
-    <!-- short: --steps 3; eval.py --limit 3 -->  appended to each command with train.py, and to those with eval.py
-                                                  (tools.NAME: python -m tools.NAME); outputs aren't compared then
-    <!-- needs: transformers -->                  skipped where these packages aren't installed
+    <!-- short: --steps 3; eval.py --limit 3 -->  appended to train.py's commands, and to eval.py's
+                                                  (tools.NAME: python -m tools.NAME); nothing is compared then
+    <!-- needs: transformers -->                  not run where these packages aren't installed
     <!-- not run: downloads -->                   not run, and why
 """
 
@@ -19,16 +18,19 @@ import importlib.util
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COMMENTS = ("short", "needs", "not run")
 COMMAND = re.compile(r"\s*(\$ |python3? |torchrun |pip |hf |git |\. |source |cd |import |from \w+ import )")
+MEASURED = ("train.py", "eval.py")  # programs that print scores
 TOLERANCE = 5.0  # percent; five draws of sixty questions vary by more than rounding does
 MOST_SECONDS = 900
 
@@ -51,7 +53,7 @@ class Block:
     shown: str | None = None
 
     def commands(self) -> list[tuple[int, str]]:
-        """(line number, command): a python block as a whole, a sh block by lines; a backslash continues a line."""
+        """Line numbers and commands: a python block is one; a sh block, one a line (\\ continues it)."""
         if self.language == "python":
             return [(self.line, self.text)]
         commands, number = [], self.line
@@ -69,7 +71,8 @@ def read_comment(block: Block, comment: str) -> None:
     """Enter what a comment says about a block."""
     name, colon, value = (part.strip() for part in comment.partition(":"))
     if name not in COMMENTS or not colon or not value:
-        raise ReadmeError(f"{block.file}:{block.line}: unknown comment {comment!r}; known: {', '.join(COMMENTS)}")
+        known = ", ".join(COMMENTS)
+        raise ReadmeError(f"{block.file}:{block.line}: unknown comment {comment!r}; known: {known}")
     if name == "not run":
         block.not_run = value
     elif name == "needs":
@@ -102,9 +105,11 @@ def parse(text: str, file: str = "README.md") -> list[Block]:
                 last = Block(file, number + 1, language, content)
                 for comment in comments:
                     read_comment(last, comment)
+                if not last.commands():
+                    raise ReadmeError(f"{file}:{number}: a block without a command")
                 blocks.append(last)
             elif language:
-                raise ReadmeError(f"{file}:{number}: unknown language {language!r}; known: sh, python, and none for outputs")
+                raise ReadmeError(f"{file}:{number}: unknown language {language!r}; known: sh, python, none")
             elif comments:
                 raise ReadmeError(f"{file}:{number}: a comment above a block that isn't run")
             elif any(COMMAND.match(line) for line in inside):
@@ -162,27 +167,30 @@ def words(text: str) -> list[list[str]]:
     return [line for line in lines if line]
 
 
-def same_word(shown: str, printed: str, measured: bool) -> bool:
-    """Whether two words say the same; measured: numbers with a decimal point may differ a little."""
-    pattern = r"[-+]?\d+\.\d+" if measured else r"(?!)"
-    if shown == printed or not measured:
-        return shown == printed
-    numbers = [re.findall(pattern, word) for word in (shown, printed)]
-    shapes = [re.sub(pattern, "0", word) for word in (shown, printed)]
-    return shapes[0] == shapes[1] and all(abs(float(a) - float(b)) <= TOLERANCE for a, b in zip(*numbers))
+def close(pattern: str, shown: str, printed: str) -> bool:
+    """Whether two words are the same but for numbers of this pattern, and these are close."""
+    numbers = [map(float, re.findall(pattern, word)) for word in (shown, printed)]
+    texts = [re.sub(pattern, "0", word) for word in (shown, printed)]
+    return texts[0] == texts[1] and all(abs(a - b) <= TOLERANCE for a, b in zip(*numbers))
+
+
+def same_line(shown: list[str], printed: list[str], measured: bool) -> bool:
+    """Whether two lines say the same; measured: numbers with a decimal point only have to be close."""
+    if len(shown) != len(printed):
+        return False
+    for word, other, after in zip(shown, printed, [*shown[1:], ""]):
+        pattern = r"\d+" if after.strip("(),") == "%" else r"\d+\.\d+" if measured else ""
+        if word != other and not (pattern and close(pattern, word, other)):
+            return False
+    return True
 
 
 def difference(shown: str, printed: str, measured: bool) -> str:
     """The first line in which an output differs from what the README shows; empty where none does."""
-    expected, actual = words(shown), words(printed)
-    for n in range(max(len(expected), len(actual))):
-        a, b = (lines[n] if n < len(lines) else [] for lines in (expected, actual))
-        percent = [word.strip("(),") == "%" for word in a[1:]] + [False]
-        if len(a) != len(b) or not all(
-            same_word(x, y, measured) or is_percent and x.isdecimal() and y.isdecimal() and abs(int(x) - int(y)) <= TOLERANCE
-            for x, y, is_percent in zip(a, b, percent)
-        ):
-            return f"the README shows  {' '.join(a) or '(nothing)'}\nit printed        {' '.join(b) or '(nothing)'}"
+    for expected, actual in zip_longest(words(shown), words(printed), fillvalue=[]):
+        if not same_line(expected, actual, measured):
+            lines = [" ".join(line) or "(nothing)" for line in (expected, actual)]
+            return f"the README shows  {lines[0]}\nit printed        {lines[1]}"
     return ""
 
 
@@ -193,54 +201,68 @@ def missing(packages: list[str]) -> list[str]:
     return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
-def run_command(command: str, language: str, folder: Path) -> tuple[int, str, str]:
-    """Exit status, stdout, stderr of one command, in this environment."""
-    argv = [sys.executable, "-c", command] if language == "python" else ["bash", "-euo", "pipefail", "-c", command]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        argv, cwd=folder, env=os.environ | {"PATH": path}, stdin=subprocess.DEVNULL, capture_output=True,
-        encoding="utf-8", errors="replace", timeout=MOST_SECONDS,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+def run_command(command: str, language: str, folder: Path) -> tuple[str, str]:
+    """Run one command in this environment; stdout, and what is wrong (empty: nothing)."""
+    argv = [sys.executable, "-c", command]
+    if language == "sh":
+        argv = ["bash", "-euo", "pipefail", "-c", command]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        # A group of its own, so that all of torchrun's processes end with it.
+        process = subprocess.Popen(
+            argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+            start_new_session=True,
+        )  # fmt: skip
+        problem = ""
+        try:
+            status = process.wait(MOST_SECONDS)
+            problem = f"exit status {status}\n" if status else ""
+        except subprocess.TimeoutExpired:
+            problem = f"not done after {MOST_SECONDS} s\n"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        texts = []
+        for stream in (stdout, stderr):
+            stream.seek(0)
+            texts.append(stream.read().decode(errors="replace"))
+    if problem:
+        without_progress = re.sub(r"[^\n]*\r", "", texts[1])
+        problem += texts[0] + without_progress
+    return texts[0], problem
 
 
 def tell(where: str, command: str, result: str, seconds: float | None = None) -> None:
     """The line of a command."""
-    first, *more = without_comment(command).splitlines() if "\n" not in command else command.splitlines()
+    lines = command.splitlines()
+    text = without_comment(command) if len(lines) == 1 else f"{lines[0]} …"
     took = "" if seconds is None else f"{seconds:.1f} s"
-    print(f"{where:<15} {result:<8} {took:>8}  {first}{' …' * bool(more)}", flush=True)
+    print(f"{where:<15} {result:<8} {took:>8}  {text}", flush=True)
 
 
 def run_block(block: Block, folder: Path) -> int:
     """Run a block's commands; the number of those that failed."""
-    failures, outputs, is_short, commands = 0, [], False, block.commands()
-    if not commands:
-        raise ReadmeError(f"{block.file}:{block.line}: a block without a command")
-    absent = missing(block.needs)
+    failures = 0
+    output = ""
+    is_short = False
+    commands = block.commands()
+    absent = [package for package in block.needs if importlib.util.find_spec(package) is None]
     reason = block.not_run or (f"needs {', '.join(absent)}" if absent else "")
-    for number, command in commands:
+    for n, (number, printed) in enumerate(commands, 1):
         where = f"{block.file}:{number}"
         if reason:
-            tell(where, command, f"not run ({reason})")
+            tell(where, printed, f"not run ({reason})")
             continue
-        full, start = command, time.monotonic()
-        command = shortened(command, block.short) if block.language == "sh" else command
-        is_short |= command != full
-        problem = ""
-        try:
-            status, stdout, stderr = run_command(command, block.language, folder)
-        except subprocess.TimeoutExpired:
-            status, stdout, stderr, problem = -1, "", "", f"not done after {MOST_SECONDS} s"
+        command = shortened(printed, block.short) if block.language == "sh" else printed
+        is_short |= command != printed
+        start = time.monotonic()
+        stdout, problem = run_command(command, block.language, folder)
         seconds = time.monotonic() - start
-        outputs.append(stdout)
-        if not problem and status:
-            without_progress = re.sub(r"[^\n]*\r", "", stderr)
-            problem = f"exit status {status}\n{stdout}{without_progress}"
-        last = number == commands[-1][0]
-        if not problem and last and block.shown is not None and not is_short:
-            measured = program_of(command) in ("train.py", "eval.py")
-            problem = difference(block.shown, "".join(outputs), measured)
-            problem += f"\nall of it:\n{''.join(outputs)}" * bool(problem)
+        output += stdout
+        if n == len(commands) and block.shown is not None and not problem and not is_short:
+            problem = difference(block.shown, output, program_of(command) in MEASURED)
+            problem += f"\nall of it:\n{output}" * bool(problem)
         tell(where, command, "failed" if problem else "ok", seconds)
         if problem:
             failures += 1
@@ -253,27 +275,29 @@ def copy_project(folder: Path, here: bool) -> None:
     if not here:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
         return
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True)
-    for name in listed.stdout.decode().split("\0"):
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout.decode()
+    for name in listed.split("\0"):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", metavar="FILE", help="pages, by their place in the project (README.md and what it links in docs/)")
-    parser.add_argument("--here", action="store_true", help="run in a copy of the working tree rather than in a clone of HEAD")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("files", nargs="*", metavar="FILE", help="pages to run (README.md and what it links in docs/)")
+    add("--here", action="store_true", help="in a copy of the working tree rather than in a clone of HEAD")
     args = parser.parse_args()
-    failures, start = 0, time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "HyperLlama"
         copy_project(folder, args.here)
         files = args.files or ["README.md", *linked_pages((folder / "README.md").read_text(encoding="utf-8"))]
         try:
             pages = [parse((folder / file).read_text(encoding="utf-8"), file) for file in files]
-            for block in sum(pages, []):
-                failures += run_block(block, folder)
+            failures = sum(run_block(block, folder) for page in pages for block in page)
         except ReadmeError as problem:
             sys.exit(f"error: {problem}")
     print(f"{failures or 'none'} failed, {time.monotonic() - start:.0f} s")

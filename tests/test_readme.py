@@ -1,4 +1,4 @@
-"""The README as a program: what tests/readme.py makes of a page; and what the README says in prose, against what it shows."""
+"""The README as a program: how tests/readme.py reads, runs and compares; numbers in the README's prose."""
 
 import re
 
@@ -35,9 +35,48 @@ a picture
 """
 
 
+SMALL_PAGE = """\
+```sh
+echo one > file
+```
+
+```python
+print(open("file").read(), end="")
+```
+
+```
+one
+```
+
+```sh
+cat file
+```
+
+```
+two
+```
+
+```sh
+false | true
+echo later
+```
+
+<!-- needs: no_such_package -->
+```sh
+false
+```
+
+<!-- not run: why -->
+```sh
+false
+```
+"""
+
+
 def test_blocks_have_their_commands_comments_and_outputs():
     shell, python = parse(PAGE)
-    assert shell.commands() == [(3, 'python train.py --task p3 "a # b"   # an explanation'), (5, "python eval.py RUN \\\n    --sets 1")]
+    first = (3, 'python train.py --task p3 "a # b"   # an explanation')
+    assert shell.commands() == [first, (5, "python eval.py RUN \\\n    --sets 1")]
     assert shell.short == {"train.py": "--steps 3 --limit 2", "eval.py": "--limit 2"}
     assert shell.shown == "shown" and python.shown is None
     assert python.commands() == [(22, "for x in ():\n    print(x)")]
@@ -64,7 +103,7 @@ def test_other_forms_are_errors(page, problem):
 
 def test_only_the_programs_that_a_comment_names_are_shortened():
     short = {"train.py": "--steps 3", "tools.probe": "--sets 1"}
-    assert shortened("torchrun --nproc-per-node 2 train.py --task p3  # why", short) == "torchrun --nproc-per-node 2 train.py --task p3 --steps 3"
+    assert shortened("torchrun train.py --task p3  # why", short) == "torchrun train.py --task p3 --steps 3"
     assert shortened("python -m tools.probe RUN", short) == "python -m tools.probe RUN --sets 1"
     assert shortened("python eval.py RUN  # why", short) == "python eval.py RUN  # why"
 
@@ -81,17 +120,18 @@ def test_numbers_may_differ_only_where_they_are_measured():
 
 
 def test_blocks_run_in_one_folder_and_failures_are_counted(tmp_path, capsys):
-    page = "```sh\necho one > file\n```\n```sh\ncat file\n```\n```\none\n```\n```sh\ncat file\n```\n```\ntwo\n```\n"
-    page += "```sh\nfalse | true\necho later\n```\n<!-- needs: no_such_package -->\n```sh\nfalse\n```\n<!-- not run: why -->\n```sh\nfalse\n```\n"
-    assert [run_block(block, tmp_path) for block in parse(page)] == [0, 0, 1, 1, 0, 0]
+    blocks = parse(SMALL_PAGE)
+    assert [run_block(block, tmp_path) for block in blocks] == [0, 0, 1, 1, 0, 0]
     printed = capsys.readouterr().out
     assert "the README shows  two" in printed and "exit status 1" in printed
     assert "not run (needs no_such_package)" in printed and "not run (why)" in printed
 
 
-def test_a_shortened_command_is_not_compared(tmp_path, monkeypatch):
+def test_a_shortened_command_is_not_compared(tmp_path):
     (tmp_path / "train.py").write_text("import sys\nprint(*sys.argv[1:])\n")
-    block = Block("README.md", 1, "sh", "python train.py", {"train.py": "--steps 3"}, shown="the table of a whole run")
+    block = Block(
+        "README.md", 1, "sh", "python train.py", {"train.py": "--steps 3"}, shown="a table of the full run"
+    )
     assert run_block(block, tmp_path) == 0
     block.short = {}
     assert run_block(block, tmp_path) == 1
@@ -121,4 +161,5 @@ def test_means_in_the_readme_are_those_of_the_results():
 
 
 def test_linked_pages_are_those_of_docs():
-    assert readme.linked_pages("[a](docs/a.md), [b](docs/b.md#part), [a](docs/a.md), [c](C.md)") == ["docs/a.md", "docs/b.md"]
+    page = "[a](docs/a.md), [b](docs/b.md#part), [a](docs/a.md), [c](C.md)"
+    assert readme.linked_pages(page) == ["docs/a.md", "docs/b.md"]
