@@ -290,6 +290,7 @@ def main() -> None:
     add("files", nargs="*", metavar="FILE", help="pages to run (README.md and what it links in docs/)")
     add("--here", action="store_true", help="in a copy of the working tree rather than in a clone of HEAD")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`: no command outlives this
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "HyperLlama"
