@@ -107,6 +107,9 @@ def parse(text: str, file: str = "README.md") -> list[Block]:
                     read_comment(last, comment)
                 if not last.commands():
                     raise ReadmeError(f"{file}:{number}: a block without a command")
+                unknown = last.short.keys() - {program_of(command) for _, command in last.commands()}
+                if unknown:
+                    raise ReadmeError(f"{file}:{number}: short: no command here runs {', '.join(unknown)}")
                 blocks.append(last)
             elif language:
                 raise ReadmeError(f"{file}:{number}: unknown language {language!r}; known: sh, python, none")
@@ -197,10 +200,6 @@ def difference(shown: str, printed: str, measured: bool) -> str:
 # ------------------------------------------------------------------------------------------- running
 
 
-def missing(packages: list[str]) -> list[str]:
-    return [package for package in packages if importlib.util.find_spec(package) is None]
-
-
 def run_command(command: str, language: str, folder: Path) -> tuple[str, str]:
     """Run one command in this environment; stdout, and what is wrong (empty: nothing)."""
     argv = [sys.executable, "-c", command]
@@ -236,7 +235,7 @@ def run_command(command: str, language: str, folder: Path) -> tuple[str, str]:
 def tell(where: str, command: str, result: str, seconds: float | None = None) -> None:
     """The line of a command."""
     lines = command.splitlines()
-    text = without_comment(command) if len(lines) == 1 else f"{lines[0]} …"
+    text = lines[0] + " …" * (len(lines) > 1)
     took = "" if seconds is None else f"{seconds:.1f} s"
     print(f"{where:<15} {result:<8} {took:>8}  {text}", flush=True)
 

@@ -91,6 +91,7 @@ def test_blocks_have_their_commands_comments_and_outputs():
         ("<!-- not run: why -->\n\n```sh\ntrue\n```", "not directly above"),
         ("<!-- a note -->\ntext", "not directly above"),
         ("<!-- not run: why -->\n```\noutput\n```", "isn't run"),
+        ("<!-- short: evel.py --limit 3 -->\n```sh\npython eval.py RUN\n```", "no command here runs evel.py"),
         ("```bash\ntrue\n```", "unknown language 'bash'"),
         ("```\npython train.py --task p3\n```", "holds a command"),
         ("```sh\ntrue", "without end"),
