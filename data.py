@@ -3,23 +3,24 @@
 A task (tasks/p3.py, …) gives episodes: queries, and what may be known of their task (an instruction,
 examples). Formatter turns episodes into rows of tokens, whole examples only:
 
-    hypernetwork   BOS instruction {\\nInput:\\n x \\nOutput:\\n y}×shots gist×G
-    downstream     BOS \\nInput:\\n x \\nOutput:\\n   then y EOS, the only tokens with a loss
+    hypernetwork   BOS instruction {\nInput:\n x \nOutput:\n y}×shots gist×G
+    downstream     BOS \nInput:\n x \nOutput:\n   then y EOS, the only tokens with a loss
 
-Each row of a batch is a pure function of the seed and the row's number, so that a run can be resumed
-at any step, by any number of processes, by asking for those rows.
+A row of a run is first a Sample, plain lists of tokens, and a pure function of the seed and the row's
+number: a run is resumed at any step, by any number of processes, by asking for those rows. Samples
+then become the tensors of a Batch.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from llama import InputError, Tokenizer, ragged, tensor
+from gist import Compression, Context, Rows
+from llama import InputError, Tokenizer, int_tensor, ragged
 
 # ----------------------------------------------------------------------------- examples and episodes
 
@@ -28,7 +29,7 @@ from llama import InputError, Tokenizer, ragged, tensor
 class Example:
     input: str
     target: str
-    options: tuple[str, ...] = ()  # to rank, where answers are ranked
+    choices: tuple[str, ...] = ()  # to rank, where answers are ranked
     references: tuple[str, ...] = ()  # all right answers, where answers are generated
 
 
@@ -37,7 +38,7 @@ class Layout:
     """How a task is written.
 
     shot         an example: {n} its number, {input}, {target}
-    head, tail   what comes before and after the input of a query (an input that is too long loses its beginning)
+    head, tail   what comes before and after the input of a query (too long an input loses its beginning)
     space        what comes before the input and the target of a query
     instruction  what comes before everything, around an instruction
     end          where a generated answer is cut: what follows a target where examples stand in a row
@@ -66,9 +67,9 @@ class Episode:
     layout: Layout = PLAIN
     instruction: str = ""
 
-    def split(self, pieces: int) -> list["Episode"]:
+    def split(self, sets: int) -> list["Episode"]:
         """The same with a part of the examples each."""
-        return [replace(self, shots=self.shots[n::pieces]) for n in range(pieces)]
+        return [replace(self, shots=self.shots[n::sets]) for n in range(sets)]
 
 
 class Task(Protocol):
@@ -76,7 +77,7 @@ class Task(Protocol):
 
     name: str
     group: str  # scores are averaged within a group, then over groups
-    weight: int  # by which the task is drawn in training
+    weight: int  # how often the task is drawn in training, relative to others
 
     def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
         """An episode of training."""
@@ -90,172 +91,171 @@ class Task(Protocol):
 ROOM_FOR_QUERY = 32  # tokens of a downstream row that its target must leave to the query
 
 
-class Row(NamedTuple):
-    """Tokens of one row; how many of them come before the first example; and what didn't fit."""
-
-    tokens: list[int]
-    lead: int
-    left_out: Counter[str]
-
-
 @dataclass(frozen=True)
 class Formatter:
     """Turns episodes into rows of tokens within a budget.
 
     context       most tokens of a row of examples, gists included
     query_length  most tokens of a query with its target
-    every         a part of the gists comes after every so many examples; 0: all gists at the end
+    left_out      counts what didn't fit, if given
     """
 
     tokenizer: Tokenizer
     context: int
     query_length: int
-    every: int = 0
+    left_out: Counter[str] | None = None
 
-    def instruction(self, episode: Episode, budget: int) -> Row:
+    def count(self, what: str, left_out: bool) -> None:
+        if self.left_out is not None:
+            self.left_out.update({what: 1, f"{what} left out": int(left_out)})
+
+    def instruction(self, episode: Episode, budget: int) -> list[int]:
         """The instruction's tokens; at most half of the budget, of which it keeps the beginning."""
         if not episode.instruction:
-            return Row([], 0, Counter())
+            return []
         tokens = self.tokenizer.encode(episode.layout.instruction.format(episode.instruction))
-        return Row(tokens[: budget // 2], 0, Counter({"instructions": 1, "instructions cut": int(len(tokens) > budget // 2)}))
+        self.count("instructions", len(tokens) > budget // 2)
+        return tokens[: budget // 2]
 
-    def context_row(self, episode: Episode, gists: Sequence[int] = (), budget: int | None = None, end: Sequence[int] = ()) -> Row:
-        """BOS, instruction, as many whole examples as fit into the budget, the gists after or among them; then `end`."""
+    def context_parts(
+        self, episode: Episode, budget: int | None = None, reserved: int = 0
+    ) -> tuple[list[int], list[list[int]]]:
+        """BOS and the instruction; and the whole examples that fit beside `reserved` tokens."""
         budget = self.context if budget is None else budget
-        instruction, _, left_out = self.instruction(episode, budget)
-        tokens, rest = [self.tokenizer.bos] + instruction, list(gists)
-        lead, part = len(tokens), -(-len(gists) * self.every // max(1, len(episode.shots)))  # gists in a part
+        start = [self.tokenizer.bos, *self.instruction(episode, budget)]
+        room = budget - len(start) - reserved
+        examples = []
         for n, example in enumerate(episode.shots, 1):
-            more = self.tokenizer.encode(episode.layout.example(n, example))
-            fits = len(tokens) + len(more) + len(rest) + len(end) <= budget
-            left_out.update({"shots": 1, "shots left out": int(not fits)})
-            tokens += more if fits else []
-            if self.every and n % self.every == 0 and len(rest) > part:
-                tokens, rest = tokens + rest[:part], rest[part:]
-        return Row(tokens + rest + list(end), lead, left_out)
+            tokens = self.tokenizer.encode(episode.layout.example(n, example))
+            fits = len(tokens) <= room
+            self.count("shots", not fits)
+            if fits:
+                examples.append(tokens)
+                room -= len(tokens)
+        return start, examples
+
+    def context_tokens(self, episode: Episode, budget: int | None = None, reserved: int = 0) -> list[int]:
+        """The same as one row."""
+        start, examples = self.context_parts(episode, budget, reserved)
+        return sum(examples, start)
 
     def target(self, episode: Episode, text: str) -> list[int]:
         return self.tokenizer.encode(episode.layout.space + text)
 
-    def query(self, episode: Episode, example: Example, budget: int, instruct: str = "no", bos: bool = True) -> Row:
+    def query(
+        self, episode: Episode, example: Example, budget: int, instruct: str = "no", bos: bool = True
+    ) -> list[int]:
         """The prompt of a query, in so many tokens. What is too long loses the beginning of its input.
 
         instruct: "inside", the instruction takes up to half of the budget; "before", it has as much
         room of its own as a hypernetwork would read it in; "no".
         """
-        layout, instruction, left_out = episode.layout, [], Counter()
+        layout = episode.layout
+        instruction = []
         if instruct != "no":
-            instruction, _, left_out = self.instruction(episode, budget if instruct == "inside" else self.context)
+            instruction = self.instruction(episode, budget if instruct == "inside" else self.context)
             budget += len(instruction) * (instruct == "before")
         start = [self.tokenizer.bos] * bos + instruction + self.tokenizer.encode(layout.head)
-        text, end = self.tokenizer.encode(layout.space + example.input), self.tokenizer.encode(layout.tail)
+        text = self.tokenizer.encode(layout.space + example.input)
+        end = self.tokenizer.encode(layout.tail)
         room = budget - len(start) - len(end)
         if room < 0:
-            raise InputError(f"{budget} tokens leave no room for a query: its target or options are too long for it")
-        left_out.update({"queries": 1, "queries cut": int(len(text) > room)})
-        return Row(start + text[max(0, len(text) - room) :] + end, 0, left_out)
+            raise InputError(
+                f"--query-length {self.query_length}: a query's layout takes {len(start) + len(end)} tokens, "
+                f"and its target or choices leave {max(0, budget)}"
+            )
+        self.count("queries", len(text) > room)
+        return start + text[max(0, len(text) - room) :] + end
 
-    def fitting(self, draw: Callable[[], Episode]) -> tuple[Episode, Counter[str]]:
-        """What `draw` gives, without the queries whose target is too long (a target is never cut); drawn again where none is left."""
-        left_out: Counter[str] = Counter()
-        for _ in range(100):
-            episode, queries = draw(), []
-            for query in episode.queries:
-                fits = len(self.tokenizer.encode(query.target)) + ROOM_FOR_QUERY <= self.query_length
-                left_out.update({"targets": 1, "targets left out": int(not fits)})
-                queries += [query] * fits
-            if queries:
-                return replace(episode, queries=queries), left_out
-        raise InputError(f"no target fits into {self.query_length} tokens (--query-length)")
+    def fits(self, query: Example) -> bool:
+        """Whether a training target leaves room for its query. A target is never cut."""
+        fits = len(self.tokenizer.encode(query.target)) + ROOM_FOR_QUERY <= self.query_length
+        self.count("targets", not fits)
+        return fits
 
 
 def report(left_out: Counter[str]) -> str:
     """What was left out or cut, in a line; empty if nothing was."""
-    kinds = (
-        ("shots", "left out", "examples left out, because the context was full"),
-        ("instructions", "cut", "instructions cut at the end, because they were too long"),
-        ("targets", "left out", "training targets left out, because they were too long"),
-        ("queries", "cut", "queries cut at the beginning, because they were too long"),
+    texts = {
+        "shots": "examples left out, because the context was full",
+        "instructions": "instructions cut at the end, because they were too long",
+        "targets": "training targets left out, because they were too long",
+        "queries": "queries cut at the beginning, because they were too long",
+    }
+    counts = {what: left_out[f"{what} left out"] for what in texts}
+    return "; ".join(
+        f"{counts[what]} of {left_out[what]} {text}" for what, text in texts.items() if counts[what]
     )
-    return "; ".join(f"{left_out[f'{what} {how}']} of {left_out[what]} {text}" for what, how, text in kinds if left_out[f"{what} {how}"])
 
 
 # ------------------------------------------------------------------------------------------ batches
 
 
+class Sample(NamedTuple):
+    """A row of a run as tokens: examples to compress, if any, and the queries that share them."""
+
+    context: list[Context] | None
+    queries: list[tuple[list[int], list[int]]]
+
+
 @dataclass
 class Batch:
-    """What `HyperLlama.forward` reads. N queries share B rows of examples; M tokens have a loss.
+    """What `HyperLlama.forward` reads. N queries share the contexts of B samples; M tokens have a loss.
 
-    examples  [B, T] rows for the hypernetwork, or None
-    kept      [B] how many tokens at the beginning of each row of examples stay in the prefix, or None
-    row       [N] which row of examples serves each query
-    tokens    [N, T'] the queries with their targets (without the last token, which is only predicted)
-    select    [M] positions that predict a target token, as indices into N·T'
-    targets   [M] the tokens to predict there
-    read      tokens read, padding left out: for tokens/s
-    left_out  what didn't fit, counted
-    earlier   rows like `examples` that are compressed before them, one after the other (gist.chain)
-    more      what other terms of the loss predict, each in a batch of its own: after the same gists, or (row None) after nothing
-    weight    of such a term
+    context  rows for the hypernetwork, usually one piece of B rows; or None
+    row      [N] which sample each query belongs to
+    tokens   [N, T] the queries with their targets (without the last token, which is only predicted)
+    select   [M] where a target token is predicted, as indices into N·T
+    targets  [M] the tokens to predict there
+    read     tokens read, padding left out: for tokens/s
     """
 
-    examples: Tensor | None
-    kept: Tensor | None
-    row: Tensor | None
+    context: list[Rows] | None
+    row: Tensor
     tokens: Tensor
     select: Tensor
     targets: Tensor
     read: int
-    left_out: Counter[str] = field(default_factory=Counter)
-    earlier: tuple[Tensor, ...] = ()
-    more: tuple["Batch", ...] = ()
-    weight: float = 0.0
 
-    def to(self, device: torch.device | str) -> "Batch":
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        parts = {name: tuple(part.to(device) for part in getattr(self, name)) for name in ("earlier", "more")}
-        return replace(self, **moved, **parts)
+    def to(self, device) -> "Batch":
+        context = self.context and [rows.to(device) for rows in self.context]
+        tensors = (self.row, self.tokens, self.select, self.targets)
+        return Batch(context, *(x.to(device, non_blocking=True) for x in tensors), self.read)
 
 
-def collate(
-    examples: list[list[int]] | None,
-    row: list[int] | None,
-    prompts: list[list[int]],
-    targets: list[list[int]],
-    kept: list[int] | None = None,
-    left_out: Counter[str] | None = None,
-    more: Sequence[Batch] = (),
-    weight: float = 0.0,
-    earlier: Sequence[list[list[int]]] = (),
-) -> Batch:
-    """Right-padded tensors of rows of tokens; loss on the targets alone."""
-    tokens = [prompt + target[:-1] for prompt, target in zip(prompts, targets)]
-    width = max(map(len, tokens))
-    select = [
-        n * width + t
-        for n, (prompt, target) in enumerate(zip(prompts, targets))
-        for t in range(len(prompt) - 1, len(prompt) - 1 + len(target))
-    ]
+class Term(NamedTuple):
+    """A term of the loss: weight × the sum over some tokens / their number in the whole step.
+
+    count  batch -> the number of its tokens; the whole step divides by the same sum of them
+    loss   (hyper, batch, gists, logits) -> the sum over the batch's tokens
+    """
+
+    weight: float
+    count: Callable
+    loss: Callable
+
+
+NO_LOSS = -100  # a label that isn't predicted
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Right-padded tensors of samples; a loss on the targets alone."""
+    queries = [(b, *query) for b, sample in enumerate(samples) for query in sample.queries]
+    # The model reads prompt + target but for the last token, and predicts the token after each that it reads:
+    # the end of the prompt predicts the target's first token.
+    tokens = [prompt + target[:-1] for _, prompt, target in queries]
+    labels = [[NO_LOSS] * (len(prompt) - 1) + target for _, prompt, target in queries]
+    labels = ragged(labels, fill=NO_LOSS).flatten()
+    select = (labels != NO_LOSS).nonzero()[:, 0]
+    pieces = list(zip(*(sample.context for sample in samples))) if samples[0].context else []
     return Batch(
-        examples=None if examples is None else ragged(examples),
-        kept=None if kept is None else torch.tensor(kept),
-        row=None if row is None else torch.tensor(row),
+        context=[Rows.of(contexts) for contexts in pieces] or None,
+        row=int_tensor([b for b, _, _ in queries]),
         tokens=ragged(tokens),
-        select=tensor(select),
-        targets=tensor([token for target in targets for token in target]),
-        read=sum(map(len, tokens)) + sum(len(row) for rows in (examples or [], *earlier) for row in rows) + sum(part.read for part in more),
-        left_out=left_out or Counter(),
-        earlier=tuple(map(ragged, earlier)),
-        more=tuple(more),
-        weight=weight,
+        select=select,
+        targets=labels[select],
+        read=sum(map(len, tokens)) + sum(len(context.tokens) for contexts in pieces for context in contexts),
     )
-
-
-def again(examples: list[list[int]], gist_ids: Sequence[int], marker: int, weight: float) -> list[Batch]:
-    """Reconstruction: after the gists of some rows and a marker, the rows' own tokens once more. Empty if it weighs nothing."""
-    texts = [[token for token in row[1:] if token < gist_ids[0]] for row in examples] if weight else []
-    return [collate(None, list(range(len(texts))), [[marker]] * len(texts), texts, weight=weight)] if texts else []
 
 
 QUERIES = 4  # queries that share one row of examples in training: one hyper pass serves them all
@@ -263,68 +263,57 @@ QUERIES = 4  # queries that share one row of examples in training: one hyper pas
 
 @dataclass
 class EpisodeBatches:
-    """Training batches of tasks: rows of examples with QUERIES queries each; without gists, rows of text.
+    """Training batches of tasks.
 
-    method    "hyper": the queries follow gists; "fewshot": they follow the examples; "zeroshot"
-    instruct  whether the instruction also stands before a query that follows gists
-    fuse      whether the instruction's own keys and values stay in the prefix beside the gists
-    reconstruct  the weight of saying the examples again
-    pieces    so many times `shots` examples, compressed one after the other
+    method    "hyper": QUERIES queries follow the gists of their examples; "fewshot": one follows the
+              examples themselves; "zeroshot": one follows nothing
+    instruct  where the instruction stands in a query that follows gists (Formatter.query)
     """
 
     tasks: Sequence[Task]
     formatter: Formatter
     method: str
-    gist_ids: list[int]
     shots: int
-    instruct: bool = False
-    fuse: bool = False
-    reconstruct: float = 0.0
-    pieces: int = 1
+    gist_ids: Sequence[int] = ()
+    compression: Compression = Compression()
+    instruct: str = "no"
 
     def __post_init__(self) -> None:
         self.queries = QUERIES if self.method == "hyper" else 1
         self.weights = [task.weight for task in self.tasks]
         for task in self.tasks:  # a task that is too small is found now, not after hours
-            task.draw(random.Random(0), self.shots * self.pieces, self.queries)
+            task.draw(random.Random(0), self.shots * self.compression.sets, self.queries)
 
     def __str__(self) -> str:
         return f"{len(self.tasks)} training tasks"
 
     def __call__(self, seed: int, numbers: Sequence[int]) -> Batch:
         """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
-        context, kept, row, prompts, targets, left_out = [[] for _ in range(self.pieces)], [], [], [], [], Counter()
-        for b, number in enumerate(numbers):
-            episode, some = self.draw(random.Random(f"{seed} {number}"))
-            left_out += some
-            for rows, piece in zip(context, episode.split(self.pieces) if self.method == "hyper" else ()):
-                examples = self.formatter.context_row(piece, self.gist_ids)
-                rows.append(examples.tokens)
-                kept.append(examples.lead)
-                left_out += examples.left_out
-            for query in episode.queries:
-                target = self.formatter.target(episode, query.target) + [self.formatter.tokenizer.eos]
-                prompt = self.prompt(episode, query, len(target))
-                row.append(b)
-                prompts.append(prompt.tokens)
-                targets.append(target)
-                left_out += prompt.left_out
-        *earlier, last = context
-        more = again(last, self.gist_ids, self.formatter.tokenizer.eos, self.reconstruct)
-        return collate(last or None, row, prompts, targets, kept if self.fuse else None, left_out, more, earlier=earlier if last else ())
+        return collate([self.sample(random.Random(f"{seed} {number}")) for number in numbers])
 
-    def prompt(self, episode: Episode, query: Example, target: int) -> Row:
-        """What comes before a target of so many tokens."""
-        budget = self.formatter.query_length - target
-        if self.method != "fewshot":
-            instruct = "before" if self.method == "zeroshot" else "inside" if self.instruct else "no"
-            return self.formatter.query(episode, query, budget, instruct)
-        end = self.formatter.query(episode, query, budget, bos=False)
-        row = self.formatter.context_row(episode, (), self.formatter.context - target, end.tokens)
-        return row._replace(left_out=row.left_out + end.left_out)
+    def sample(self, rng: random.Random) -> Sample:
+        episode = self.episode(rng)
+        context = None
+        if self.method == "hyper":
+            context = self.compression.contexts(self.formatter, episode, self.gist_ids)
+        return Sample(context, [self.prompt_and_target(episode, query) for query in episode.queries])
 
-    def draw(self, rng: random.Random) -> tuple[Episode, Counter[str]]:
-        """An episode of some task."""
-        return self.formatter.fitting(
-            lambda: rng.choices(self.tasks, self.weights)[0].draw(rng, self.shots * self.pieces, self.queries)
-        )
+    def episode(self, rng: random.Random) -> Episode:
+        """An episode of some task, with the queries whose targets fit."""
+        for _ in range(100):
+            (task,) = rng.choices(self.tasks, self.weights)
+            episode = task.draw(rng, self.shots * self.compression.sets, self.queries)
+            queries = [query for query in episode.queries if self.formatter.fits(query)]
+            if queries:
+                return replace(episode, queries=queries)
+        raise InputError(f"no target fits into {self.formatter.query_length} tokens (--query-length)")
+
+    def prompt_and_target(self, episode: Episode, query: Example) -> tuple[list[int], list[int]]:
+        f = self.formatter
+        target = [*f.target(episode, query.target), f.tokenizer.eos]
+        budget = f.query_length - len(target)
+        if self.method == "fewshot":
+            end = f.query(episode, query, budget, bos=False)
+            return f.context_tokens(episode, f.context - len(target), reserved=len(end)) + end, target
+        instruct = "before" if self.method == "zeroshot" else self.instruct
+        return f.query(episode, query, budget, instruct), target

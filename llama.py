@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, P past length, D width, V vocabulary, H heads, K KV h
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 KV = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, P, hd]; keys are rotated
-Adapter = str | Mapping | None  # a LoRA set's name, or {name: gate [B, T, 1] (or, in lora.py, a row's own set)}, or the bare model
+Angles = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, hd/2]
+Adapter = str | Mapping | None  # the LoRA set that acts; or {set: gate [B, T, 1]}; or None, the bare model
 
 
 class InputError(Exception):
@@ -39,7 +40,7 @@ class InputError(Exception):
 
 @contextmanager
 def reading(path: str | Path, what: str = "is damaged") -> Iterator[None]:
-    """Whatever a parser raises on a bad file becomes an InputError that names the file and says `what` is wrong."""
+    """Whatever a parser raises on a bad file becomes an InputError with the file and `what` is wrong."""
     try:
         yield
     except InputError:
@@ -47,7 +48,9 @@ def reading(path: str | Path, what: str = "is damaged") -> Iterator[None]:
     except Exception as problem:  # a damaged file can make a parser raise anything
         reason = getattr(problem, "strerror", None) or str(problem).split("\n")[0] or type(problem).__name__
         reason = "it is not UTF-8" if isinstance(problem, UnicodeError) else reason
-        raise InputError(f"{path}: {reason} is missing" if isinstance(problem, KeyError) else f"{path}: {what} ({reason})") from None
+        raise InputError(
+            f"{path}: {reason} is missing" if isinstance(problem, KeyError) else f"{path}: {what} ({reason})"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ def read_config(folder: Path) -> Config:
             if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"{field} = {value!r} is not a positive number")
         if config.heads % config.kv_heads or config.head_size % 2:
-            raise ValueError(f"{config.heads} heads of size {config.head_size} don't fit {config.kv_heads} KV heads")
+            raise ValueError(
+                f"{config.heads} heads of size {config.head_size} don't fit {config.kv_heads} KV heads"
+            )
     return config
 
 
@@ -87,31 +92,45 @@ def _config_from_hf(raw: dict) -> Config:
         "model_type": raw.get("model_type") != "llama",
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
-    } | {name: raw.get(name) for name in ("attention_bias", "mlp_bias", "tie_word_embeddings", "quantization_config")}
+    }
+    for field in ("attention_bias", "mlp_bias", "tie_word_embeddings", "quantization_config"):
+        refused[field] = raw.get(field)
     for field in filter(refused.get, refused):
         raise ValueError(f"{field} = {raw.get(field)!r} is not implemented")
-    width, heads = raw["hidden_size"], raw["num_attention_heads"]
+    width = raw["hidden_size"]
+    heads = raw["num_attention_heads"]
     return Config(
-        vocab=raw["vocab_size"], width=width, layers=raw["num_hidden_layers"], heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads, head_size=raw.get("head_dim") or width // heads,
-        hidden=raw["intermediate_size"], norm_eps=raw["rms_norm_eps"],
+        vocab=raw["vocab_size"],
+        width=width,
+        layers=raw["num_hidden_layers"],
+        heads=heads,
+        kv_heads=raw.get("num_key_value_heads") or heads,
+        head_size=raw.get("head_dim") or width // heads,
+        hidden=raw["intermediate_size"],
+        norm_eps=raw["rms_norm_eps"],
         rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
         max_positions=raw.get("max_position_embeddings", 2048),
-    )  # fmt: skip
+    )
 
 
 def _config_from_meta(raw: dict, folder: Path) -> Config:
     if raw.get("use_scaled_rope"):
         raise ValueError("use_scaled_rope is not implemented")
-    width, heads, multiple = raw["dim"], raw["n_heads"], raw["multiple_of"]
+    width = raw["dim"]
+    heads = raw["n_heads"]
     hidden = int((raw.get("ffn_dim_multiplier") or 1) * int(8 * width / 3))
     return Config(
         vocab=max(raw.get("vocab_size", -1), 0) or Tokenizer(folder).size,  # Llama-2's params.json says -1
-        width=width, layers=raw["n_layers"], heads=heads, kv_heads=raw.get("n_kv_heads") or heads, head_size=width // heads,
-        hidden=-(-hidden // multiple) * multiple,  # rounded up
-        norm_eps=raw["norm_eps"], rope_theta=raw.get("rope_theta", 10000.0),
+        width=width,
+        layers=raw["n_layers"],
+        heads=heads,
+        kv_heads=raw.get("n_kv_heads") or heads,
+        head_size=width // heads,
+        hidden=-(-hidden // raw["multiple_of"]) * raw["multiple_of"],  # rounded up
+        norm_eps=raw["norm_eps"],
+        rope_theta=raw.get("rope_theta", 10000.0),
         max_positions=4096,  # Llama-2's; the file doesn't say
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------ the model
@@ -122,11 +141,12 @@ class Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.inputs, self.outputs = inputs, outputs
+        self.inputs = inputs
+        self.outputs = outputs
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.lora = nn.ModuleDict()
 
-    def place(self, weight: Tensor, device: torch.device | str, dtype: torch.dtype) -> None:
+    def load_weight(self, weight: Tensor, device: torch.device | str, dtype: torch.dtype) -> None:
         """Take the weight as read from a file. (NF4Linear quantizes here.)"""
         self.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
 
@@ -158,7 +178,7 @@ def positions_of(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
 
-def rotary_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, config: Config) -> Angles:
     """Cosine and sine of position × frequency. positions [B, T] -> two [B, 1, T, hd/2], float32."""
     steps = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / config.rope_theta ** (steps / config.head_size)
@@ -166,7 +186,7 @@ def rotary_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Rotate each pair (x[i], x[i + hd/2]) of every head by its angle. x [B, heads, T, hd].
 
     The offset identity: with R(m) the rotation at position m, R(m)ᵀ R(n) = R(n - m), so
@@ -184,18 +204,17 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of T queries over S = P + T keys. q [B, H, T, hd]; k, v [B, K, S, hd]; mask [B, T, S]."""
-    T, S = q.shape[2], k.shape[2]
+    T = q.shape[2]
+    S = k.shape[2]
     if mask is not None:
         mask = mask[:, None]  # the same for all heads
     elif 1 < T < S:  # is_causal=True would align the triangle with the *first* key and hide the past
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    options = {"is_causal": mask is None and T > 1, "enable_gqa": q.shape[1] != k.shape[1]}  # one token alone sees all
+    options = {
+        "is_causal": mask is None and T > 1,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }  # one token alone sees all
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-
-
-def gates_at(adapter: Mapping[str, Tensor | None], at) -> Mapping[str, Tensor | None]:
-    """The LoRA sets that act, as they do at some positions: at, an index into [B, T]."""
-    return {name: gate[at] if isinstance(gate, Tensor) else gate for name, gate in adapter.items()}
 
 
 class Attention(nn.Module):
@@ -210,23 +229,21 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, T, h*hd] -> [B, h, T, hd]
 
-    def keys_values(self, x, angles, past: KV | None, adapter) -> KV:
+    def keys_values(self, x: Tensor, angles: Angles, past: KV | None, adapter: Mapping) -> KV:
         """Keys and values of the past followed by those of x: two [B, K, P + T, hd]."""
         k = rotate(self.heads(self.k_proj(x, adapter)), angles)
         v = self.heads(self.v_proj(x, adapter))
         if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+            k = torch.cat((past[0], k), dim=2)
+            v = torch.cat((past[1], v), dim=2)
         return k, v
 
-    def forward(self, x, angles, past, mask, adapter, asking=...) -> tuple[Tensor, KV]:
-        """[B, T, H*hd], before o_proj, or only where tokens ask: [B, G, H*hd]; and the keys and values."""
-        present, T = self.keys_values(x, angles, past, adapter), x.shape[1]
-        if asking is not ...:
-            x, angles, adapter = x[asking], tuple(a[:, 0][asking][:, None] for a in angles), gates_at(adapter, asking)
-            places = torch.arange(-present[0].shape[2], 0, device=x.device) + T  # of the keys: -P … T - 1
-            mask = places <= asking[1][..., None] if mask is None else mask[asking]  # [B, G, P + T]
+    def attention(
+        self, x: Tensor, angles: Angles, present: KV, mask: Tensor | None, adapter: Mapping
+    ) -> Tensor:
+        """What the tokens of x see in the keys and values, before o_proj. [B, T, H*hd]"""
         q = rotate(self.heads(self.q_proj(x, adapter)), angles)
-        return attend(q, *present, mask).transpose(1, 2).flatten(2), present
+        return attend(q, *present, mask).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -236,7 +253,7 @@ class MLP(nn.Module):
         self.up_proj = linear(config.width, config.hidden)
         self.down_proj = linear(config.hidden, config.width)
 
-    def forward(self, x: Tensor, adapter) -> Tensor:
+    def forward(self, x: Tensor, adapter: Mapping) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
 
 
@@ -248,21 +265,43 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config, linear)
 
-    def forward(self, x, angles, past, mask, adapter, at=..., asking=...) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Hidden states [B, T, D] after this layer, and its keys and values. (A flat tuple: FSDP looks for tensors in it.)
+    def forward(self, x, angles, past, mask, adapter, select=...) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [B, T, D] after this layer, its keys and its values. (Flat, as FSDP expects.)
 
-        at: an index into [B, T], where hidden states are wanted; None: nowhere. Keys and values are made everywhere.
-        asking: the same with as many in each row, [B, G]: attention, too, is computed there alone.
+        select: an index into [B, T], where hidden states are wanted (in the last layer, for logits).
         """
         h = self.input_layernorm(x)
-        if at is None:
-            return None, *self.self_attn.keys_values(h, angles, past, adapter)
-        y, present = self.self_attn(h, angles, past, mask, adapter, asking)
-        x, adapter = x[asking], gates_at(adapter, asking)
-        if at is not ...:
-            x, y, adapter = x[at], y[at], gates_at(adapter, at)
+        present = self.self_attn.keys_values(h, angles, past, adapter)
+        y = self.self_attn.attention(h, angles, present, mask, adapter)
+        return self.rest(x[select], y[select], adapter), *present
+
+    def rest(self, x: Tensor, y: Tensor, adapter: Mapping) -> Tensor:
+        """The layer after attention: both residual sums."""
         x = x + self.self_attn.o_proj(y, adapter)
-        return x + self.mlp(self.post_attention_layernorm(x), adapter), *present
+        return x + self.mlp(self.post_attention_layernorm(x), adapter)
+
+    # The shortcut for gists, beside the plain forward: work that no one reads is skipped (Llama.keys_values).
+
+    def forward_at(self, x, index, angles, past, mask, adapter) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` where hidden states are wanted at G positions of each row: only these compute queries.
+
+        index: a pair that indexes [B, T] as [B, G]. Returns hidden states [B, G, D], and all keys and values.
+        """
+        h = self.input_layernorm(x)
+        present = self.self_attn.keys_values(h, angles, past, adapter)
+        if mask is None:  # causal: position t sees the past and 0 … t
+            T = x.shape[1]
+            key_positions = torch.arange(T - present[0].shape[2], T, device=x.device)  # -P … T-1
+            mask = key_positions <= index[1][..., None]  # [B, G, P + T]
+        else:
+            mask = mask[index]
+        angles = tuple(a[:, 0][index][:, None] for a in angles)
+        y = self.self_attn.attention(h[index], angles, present, mask, adapter)
+        return self.rest(x[index], y, adapter), *present
+
+    def keys_values(self, x, angles, adapter) -> KV:
+        """`forward` where nothing but keys and values is wanted."""
+        return self.self_attn.keys_values(self.input_layernorm(x), angles, None, adapter)
 
 
 class Llama(nn.Module):
@@ -270,65 +309,97 @@ class Llama(nn.Module):
         """`linear` makes the layers' matrices; the embedding and lm_head are never quantized."""
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab, config.width), freeze=False)  # (drawn numbers would be thrown away)
+        empty = torch.empty(config.vocab, config.width)  # (nn.Embedding's own start would be thrown away)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config, linear) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
         self.checksum = ""  # of what was loaded
-        self.checkpoint_activations = False  # keep only what goes from layer to layer for backward: less memory, more work
+        self.checkpoint_activations = False  # recompute layers in backward: less memory, more work
 
     def forward(
-        self, tokens: Tensor, *, past: Sequence[KV] | None = None, offset: Tensor | None = None, adapter: Adapter = None,
-        mask: Tensor | None = None, select: Tensor | None = None, added: Tensor | None = None,
-    ) -> tuple[Tensor, list[KV]]:  # fmt: skip
+        self,
+        tokens: Tensor,
+        *,
+        past: Sequence[KV] | None = None,
+        offset: Tensor | None = None,
+        adapter: Adapter = None,
+        mask: Tensor | None = None,
+        select: Tensor | None = None,
+    ) -> tuple[Tensor, list[KV]]:
         """Read tokens after what came before.
 
         tokens   [B, T] ids, or [B, T, D] embeddings
         past     keys and values that came before, for each layer two [B, K, P, hd]; needs `offset`
-        offset   [B] position of the first token of each row (0 when there is no past); or [B, T], of every token
+        offset   [B] position of each row's first token (0 when there is no past); or [B, T], of every token
         adapter  name of the LoRA set that acts, or {name: gate [B, T, 1]} to let it act in places
         mask     [B, T, P + T] bool, True = may look; default: causal, and the past is seen whole
         select   [N] the positions whose logits are wanted, as indices into B·T (default: every one)
-        added    [L, B, T, D], added to the hidden states before each layer (prefix-propagation)
 
-        Returns logits [B, T, V], or [N, V] with `select`; and all keys and values: the `past` of what comes next.
+        Returns logits [B, T, V], or [N, V] with `select`; and all keys and values: the `past` of what's next.
         """
         if past is not None and offset is None:
             raise ValueError("a past needs an offset: the position at which the new tokens go on")
-        x, positions, adapter = self.prepare(tokens, offset, adapter)
-        angles, T = rotary_angles(positions, self.config), x.shape[1]
-        wanted = ... if select is None else (select // T, select % T)  # only the last layer can leave positions out
+        x, positions, adapter = self.embed(tokens, offset, adapter)
+        if select is not None and any(isinstance(gate, Tensor) for gate in adapter.values()):
+            raise ValueError("gates are for all positions, so they don't go with `select`")
+        angles = rotary_angles(positions, self.config)
         present = []
         for i, layer in enumerate(self.layers):
-            x = x if added is None else x + added[i].to(x.dtype)
-            x, k, v = self.run(layer, x, angles, past and past[i], mask, adapter, wanted if layer is self.layers[-1] else ...)
+            inputs = [x, angles, past and past[i], mask, adapter]
+            if select is not None and layer is self.layers[-1]:  # only the last layer can leave positions out
+                inputs.append((select // x.shape[1], select % x.shape[1]))
+            x, k, v = self.run_layer(layer, *inputs)
             present.append((k, v))
         return self.lm_head(self.norm(x)), present
 
-    def keys_values(self, tokens: Tensor, at=..., offset=None, adapter=None, past=None, mask=None) -> list[KV]:
-        """Only the keys and values, at the positions at [B, G] (default: all): for each layer two [B, K, G, hd]. The last layer
-        needs hidden states there alone, so the layer before it asks there alone; and of the last, only keys and values are made."""
-        x, positions, adapter = self.prepare(tokens, offset, adapter)
-        angles, kept, (*early, last) = rotary_angles(positions, self.config), [], self.layers
-        at = at if at is ... else (torch.arange(len(x), device=x.device)[:, None], at)  # as an index into [B, T]
-        for i, layer in enumerate(early):
-            x, *both = self.run(layer, x, angles, past and past[i], mask, adapter, ..., at if layer is early[-1] else ...)
-            kept.append(tuple(y[:, :, -tokens.shape[1] :].transpose(1, 2)[at].transpose(1, 2) for y in both))  # [B, K, G, hd]
-        x = x if early else x[at]
-        _, k, v = self.run(last, x, rotary_angles(positions[at], self.config), None, None, gates_at(adapter, at), None)
-        return [*kept, (k, v)]
+    def keys_values(
+        self,
+        tokens: Tensor,
+        kept: Tensor | None = None,
+        offset: Tensor | None = None,
+        adapter: str | None = None,
+        past: Sequence[KV] | None = None,
+        mask: Tensor | None = None,
+    ) -> list[KV]:
+        """The keys and values that `forward` would return, at the positions `kept` [B, G] (default: all).
 
-    def prepare(self, tokens, offset, adapter) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """Embeddings [B, T, D]; positions [B, T]; the LoRA sets that act, with gates."""
+        For each layer two [B, K, G, hd]. The last layer computes nothing else, so the one before needs hidden
+        states at the kept positions alone.
+        """
+        x, positions, adapter = self.embed(tokens, offset, adapter)
+        angles = rotary_angles(positions, self.config)
+        index = ... if kept is None else (torch.arange(len(x), device=x.device)[:, None], kept)  # into [B, T]
+        last = len(self.layers) - 1
+        present = []
+        for i, layer in enumerate(self.layers[:last]):
+            inputs = [angles, past and past[i], mask, adapter]
+            if kept is not None and i == last - 1:
+                x, *kv = self.run_layer(layer.forward_at, x, index, *inputs)
+            else:
+                x, *kv = self.run_layer(layer, x, *inputs)
+            new = [y[:, :, -tokens.shape[1] :].transpose(1, 2) for y in kv]  # without the past: [B, T, K, hd]
+            present.append(tuple(y[index].transpose(1, 2) for y in new))
+        x = x if last else x[index]
+        angles = rotary_angles(positions[index], self.config)
+        return [*present, self.run_layer(self.layers[last].keys_values, x, angles, adapter)]
+
+    def embed(
+        self, tokens: Tensor, offset: Tensor | None, adapter: Adapter
+    ) -> tuple[Tensor, Tensor, Mapping]:
+        """Embeddings [B, T, D]; positions [B, T]; the LoRA sets that act, with their gates."""
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
-        positions = positions_of(x) if offset is None else offset if offset.dim() == 2 else positions_of(x) + offset[:, None]
+        if offset is None:
+            positions = positions_of(x)
+        else:
+            positions = offset if offset.dim() == 2 else positions_of(x) + offset[:, None]
         gates = {adapter: None} if isinstance(adapter, str) else dict(adapter or {})
         for name in gates:  # every set has the first layer's values
             if name is not None and name not in self.layers[0].self_attn.v_proj.lora:
                 raise ValueError(f"there is no LoRA set {name!r}")
         return x, positions, gates
 
-    def run(self, layer: Block, *inputs) -> tuple[Tensor | None, Tensor, Tensor]:
+    def run_layer(self, layer: Callable, *inputs):
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(*inputs)
@@ -337,44 +408,67 @@ class Llama(nn.Module):
 # ------------------------------------------------------------------------------------------ loading
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, linear: type = Linear) -> Llama:
+def load(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    linear: type[Linear] = Linear,
+) -> Llama:
     """Load a Hugging Face or Meta checkpoint, frozen; `linear=NF4Linear` (lora.py) quantizes it.
 
     Tensors stream, one at a time, into a model on the meta device: the host holds the finished model and
     one tensor. InputError where the files don't hold exactly the tensors that the configuration asks for.
     """
-    folder, config = Path(folder), read_config(Path(folder))
+    folder = Path(folder)
+    config = read_config(folder)
     size = sum(path.stat().st_size for pattern in ("*.safetensors", "*.pth") for path in folder.glob(pattern))
-    if config.layers * config.width * (config.hidden + config.heads * config.head_size) + config.vocab * config.width > size:
-        raise InputError(f"{folder}: its config asks for more parameters than the {size:,} bytes of its weight files can hold")
+    least = config.layers * config.width * (config.hidden + config.heads * config.head_size)
+    if least + config.vocab * config.width > size:  # a crafted config could fill the memory
+        raise InputError(
+            f"{folder}: its config asks for more parameters than its {size:,} bytes of weights can hold"
+        )
     with torch.device("meta"):
         model = Llama(config, linear)
-    words = tokenizer_of(folder)
-    digest = hashlib.sha256(repr(config).encode() + (words.read_bytes() if words else b""))
     missing = {name: p.shape for name, p in model.named_parameters()}
-    read = _read_hf(folder) if (folder / "config.json").exists() else _read_meta(folder, config, dict(missing))
+    read = (
+        _read_hf(folder) if (folder / "config.json").exists() else _read_meta(folder, config, dict(missing))
+    )
+    samples = {}
     with reading(folder, "unreadable weights"):
         for name, tensor in tqdm(read, total=len(missing), desc="loading", leave=False, delay=1):
             if name not in missing:
                 raise InputError(f"{folder}: unexpected or repeated tensor {name}")
             if tensor.shape != missing.pop(name) or not tensor.is_floating_point():
-                raise InputError(f"{folder}: {name} has shape {list(tensor.shape)} and holds {tensor.dtype}, which doesn't fit the config")
+                raise InputError(
+                    f"{folder}: {name} is {tensor.dtype} {list(tensor.shape)}, which doesn't fit the config"
+                )
             sample = tensor.flatten()[:: max(1, tensor.numel() // 64)]
-            digest.update(name.encode() + sample.bfloat16().float().numpy().tobytes())
+            samples[name] = sample.bfloat16().float().numpy().tobytes()
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             if isinstance(module, Linear):
-                module.place(tensor, device, dtype)
+                module.load_weight(tensor, device, dtype)
             else:
                 setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
-    model.checksum = digest.hexdigest()[:16]  # whatever the weights are held in: adapters and prefixes belong to one base
+    model.checksum = _checksum(config, samples, tokenizer_of(folder))
     return model
 
 
+def _checksum(config: Config, samples: Mapping[str, bytes], tokenizer: Path | None) -> str:
+    """Adapters and prefixes belong to one base, however its files are split and whatever it is held in."""
+    digest = hashlib.sha256(tokenizer.read_bytes() if tokenizer else b"")
+    for number in (config.heads, config.norm_eps, config.rope_theta):  # what the tensors' shapes don't say
+        digest.update(repr(float(number)).encode())
+    for name in sorted(samples):
+        digest.update(name.encode() + samples[name])
+    return digest.hexdigest()[:16]
+
+
 def _read_hf(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    names, index = sorted(path.name for path in folder.glob("model*.safetensors")), folder / "model.safetensors.index.json"
+    names = sorted(path.name for path in folder.glob("model*.safetensors"))
+    index = folder / "model.safetensors.index.json"
     if index.exists():
         with reading(index, "not a weight index"):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -386,26 +480,38 @@ def _read_hf(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(folder / name, framework="pt") as file:  # (old exports store a constant, inv_freq)
             keys = [key for key in file.keys() if not key.endswith("rotary_emb.inv_freq")]
         for key in keys:
-            with safe_open(folder / name, framework="pt") as file:  # a new map each time: what was read leaves memory
+            with safe_open(
+                folder / name, framework="pt"
+            ) as file:  # a new map each time: what was read leaves memory
                 yield key.removeprefix("model."), file.get_tensor(key)
 
 
 _META_NAMES = {  # Meta's name -> Hugging Face's
-    "tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
-}  # fmt: skip
+    "tok_embeddings": "embed_tokens",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+}
 
 
 def _read_meta(folder: Path, config: Config, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    paths, shards = sorted(folder.glob("consolidated.*.pth")), []
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    shards = []
     if not paths:
         raise InputError(f"{folder}: no consolidated.*.pth files")
     for path in paths:
         try:  # weights_only refuses a pickle that would run code
             shards.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-            plain = all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in shards[-1].items())
+            plain = all(
+                isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in shards[-1].items()
+            )
         except Exception:  # a crafted pickle can make torch raise anything, and its messages advise to run it
             plain = False
         if not plain or shards[-1].keys() != shards[0].keys():
@@ -419,7 +525,7 @@ def _read_meta(folder: Path, config: Config, shapes: dict[str, torch.Size]) -> I
         axis = next((a for a, (part, full) in enumerate(zip(parts[0].shape, shape)) if part != full), None)
         tensor = parts[0] if axis is None else torch.cat(parts, axis)
         if name.endswith(("q_proj.weight", "k_proj.weight")) and tensor.shape == shape:
-            # Meta rotates neighbours (2i, 2i+1), Hugging Face halves (i, i + hd/2): re-pair the rows of each head.
+            # Meta rotates neighbours (2i, 2i+1), Hugging Face halves (i, i + hd/2): re-pair each head's rows.
             heads = tensor.unflatten(0, (-1, config.head_size // 2, 2))  # [h, hd/2, 2, D]
             tensor = heads.transpose(1, 2).reshape(tensor.shape)
         yield name, tensor
@@ -430,7 +536,9 @@ def _read_meta(folder: Path, config: Config, shapes: dict[str, torch.Size]) -> I
 
 def tokenizer_of(folder: Path) -> Path | None:
     """tokenizer.model in the folder, or beside it (as Meta ships it)."""
-    return next((path for p in (folder, folder.absolute().parent) if (path := p / "tokenizer.model").is_file()), None)
+    return next(
+        (path for p in (folder, folder.absolute().parent) if (path := p / "tokenizer.model").is_file()), None
+    )
 
 
 class Tokenizer:
@@ -442,10 +550,17 @@ class Tokenizer:
             raise InputError(f"{folder}: no tokenizer.model (a SentencePiece tokenizer is needed)")
         with reading(self.path, "not a SentencePiece model of Llama's kind"):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-            self.size, self.bos, self.eos = len(self.model), self.model.bos_id(), self.model.eos_id()
-            self._pieces = lru_cache(1 << 15)(self.model.encode)  # a row comes again: in other draws, under other conditions
+            self.size = len(self.model)
+            self.bos = self.model.bos_id()
+            self.eos = self.model.eos_id()
+            self._pieces = lru_cache(1 << 15)(
+                self.model.encode
+            )  # rows come again: in other draws and columns
             self._newline = self.model.encode("\n")
-            if any(self.decode(self.encode(text)) != text for text in ("\n", "\na", "a\nb", "a \n b\n", "1\n2\n\n")):
+            if any(
+                self.decode(self.encode(text)) != text
+                for text in ("\n", "\na", "a\nb", "a \n b\n", "1\n2\n\n")
+            ):
                 raise ValueError("it loses newlines or spaces")
             if min(self.bos, self.eos) < 0:
                 raise ValueError("it has no BOS or no EOS")
@@ -453,15 +568,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids, without BOS and EOS and without the space that SentencePiece puts before a text.
 
-        Encoding after a newline, then cutting it off, keeps encode(a) + encode(b) = encode(a + b) at newlines.
+        Encoding after a newline, then cutting it off, keeps encode(a) + encode(b) = encode(a + b) there.
         """
         return self._pieces("\n" + text)[len(self._newline) :]
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(self._newline + [i for i in ids if i < self.size])[1:]  # a padded vocabulary has more ids
+        return self.model.decode(self._newline + [i for i in ids if i < self.size])[
+            1:
+        ]  # a padded vocabulary has more ids
 
 
-def tensor(numbers: Sequence, device: torch.device | str = "cpu") -> Tensor:
+def int_tensor(numbers: Sequence, device: torch.device | str = "cpu") -> Tensor:
     """int64. (NumPy reads lists five times as fast as torch.)"""
     return torch.from_numpy(np.array(numbers, dtype=np.int64)).to(device)
 
@@ -469,29 +586,42 @@ def tensor(numbers: Sequence, device: torch.device | str = "cpu") -> Tensor:
 def ragged(rows: Sequence[Sequence[int]], fill: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Right-padded [B, longest]. Causal attention hides what comes after, so no mask is needed."""
     length = max(map(len, rows))
-    return tensor([[*row, *[fill] * (length - len(row))] for row in rows], device)
+    return int_tensor([[*row, *[fill] * (length - len(row))] for row in rows], device)
 
 
-def holes_mask(seen: Tensor, T: int) -> Tensor:
-    """The mask for T new tokens after a past of which only a part may be seen. seen [B, P] bool -> [B, T, P + T]"""
-    causal = torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
-    return torch.cat((seen[:, None].expand(-1, T, -1), causal.expand(len(seen), T, T)), dim=2)
+def causal_mask_after(past_mask: Tensor, T: int) -> Tensor:
+    """The mask for T tokens after a past of which a part is real. past_mask [B, P] bool -> [B, T, P + T]"""
+    causal = torch.ones(T, T, dtype=torch.bool, device=past_mask.device).tril()
+    return torch.cat((past_mask[:, None].expand(-1, T, -1), causal.expand(len(past_mask), T, T)), dim=2)
 
 
 @torch.no_grad()
 def generate(
-    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: int, past: Sequence[KV] | None = None,
-    offset: Tensor | None = None, seen: Tensor | None = None, adapter: Adapter = None, until: Sequence[int] = (),
-) -> list[list[int]]:  # fmt: skip
-    """Greedy continuation of prompts of unequal length, each as if it were alone. A row ends with EOS or with the tokens of
-    `until`; neither is returned. seen [B, P] bool: which of the past is real, where that differs from row to row."""
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos: int,
+    until: Sequence[int] = (),
+    *,
+    past: Sequence[KV] | None = None,
+    offset: Tensor | None = None,
+    mask: Tensor | None = None,
+    adapter: Adapter = None,
+) -> list[list[int]]:
+    """Greedy continuation of prompts of unequal length, each as if it were alone.
+
+    A row ends with EOS or with the tokens of `until`; neither is returned.
+    past, offset, mask, adapter: as `Llama.forward` takes them for the prompts, right-padded.
+    """
     device = model.embed_tokens.weight.device
-    lengths, tokens = torch.tensor([len(prompt) for prompt in prompts], device=device), ragged(prompts, device=device)
+    tokens = ragged(prompts, device=device)
     B, T = tokens.shape
-    mask, last = None if seen is None else holes_mask(seen, T), torch.arange(B, device=device) * T + lengths - 1
+    lengths = int_tensor([len(prompt) for prompt in prompts], device)
+    last = torch.arange(B, device=device) * T + lengths - 1  # where the first new token is predicted
     logits, present = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=last)
-    seen = torch.ones(B, present[0][0].shape[2] - T, dtype=torch.bool, device=device) if seen is None else seen
-    seen = torch.cat((seen, positions_of(tokens) < lengths[:, None]), dim=1)  # padding follows a short prompt
+    P = present[0][0].shape[2] - T
+    past_mask = torch.ones(B, P, dtype=torch.bool, device=device) if mask is None else mask[:, 0, :P]
+    past_mask = torch.cat((past_mask, positions_of(tokens) < lengths[:, None]), dim=1)  # padding isn't real
     position = lengths if offset is None else offset + lengths
 
     def ending(row: list[int]) -> int:  # how many tokens at its end are no longer part of the answer
@@ -507,6 +637,8 @@ def generate(
                 row.append(t)
         if n + 1 == max_new_tokens or all(map(ending, rows)):
             break
-        logits, present = model(token[:, None], past=present, offset=position + n, mask=holes_mask(seen, 1), adapter=adapter)
-        logits, seen = logits[:, 0], torch.cat((seen, torch.ones_like(seen[:, :1])), dim=1)
+        mask = causal_mask_after(past_mask, 1)
+        logits, present = model(token[:, None], past=present, offset=position + n, mask=mask, adapter=adapter)
+        logits = logits[:, 0]
+        past_mask = torch.cat((past_mask, torch.ones_like(past_mask[:, :1])), dim=1)
     return [row[: len(row) - ending(row)] for row in rows]

@@ -4,7 +4,6 @@ Rows have inputs_pretokenized, targets_pretokenized and answer_choices. Accuracy
 highest log-probability; the mean over a dataset's prompts, then over datasets (paper, Section 4.1).
 """
 
-import argparse
 import random
 import re
 import sys
@@ -17,17 +16,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Episode, EpisodeBatches, Example, Formatter
-from gist import HyperLlama, build, restore, save  # noqa: F401  called as tasks.p3.build, …
+from data import Episode, Example, Formatter
 from llama import InputError
 from tasks.rows import READERS, as_text, existing, file_kind, read_lists
 
 FOLDER, MODEL = "P3", "llama-c"  # the miniature's data and checkpoint
 METRIC = "accuracy"
-OPTIONS = ("average", "concat", "chain")
 DEFAULTS = {
     "large": {"shots": 16, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
-    "tiny": {"shots": 16, "steps": 300, "measure": 4, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5},
+    "tiny": {
+        "shots": 16,
+        "steps": 300,
+        "measure": 4,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "gist_lr": 3e-2,
+        "sets": 5,
+    },
 }
 
 
@@ -35,18 +40,7 @@ def score(answer: str, query: Example) -> float:
     return 100.0 * (answer == query.target)
 
 
-def check(args: argparse.Namespace) -> None:
-    """InputError for options that don't go together."""
-    if any(getattr(args, way) for way in OPTIONS) and args.method != "hyper":
-        raise InputError("--average, --concat and --chain belong to --method hyper")
-
-
-def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> EpisodeBatches:
-    tasks, pieces = load(args, formatter, "train"), args.chain or 1
-    return EpisodeBatches(tasks, formatter, args.method, hyper.gist_ids, args.shots, reconstruct=args.reconstruct, pieces=pieces)
-
-
-def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list["Prompt"]:
+def load(args, formatter: Formatter, split: str) -> list["Prompt"]:
     return p3_tasks(args.data, split)
 
 
@@ -96,24 +90,26 @@ class Split(Sequence):
         choices = row.get("answer_choices") or []
         if not isinstance(choices, list):
             raise InputError(f"{where}: answer_choices is not a list")
-        # Real rows begin targets with a space or a newline, and their options don't.
-        options = tuple(as_text(choice, f"{where}: answer_choices").strip() for choice in choices)
+        # Real rows begin targets with a space or a newline, and their choices don't.
+        choices = tuple(as_text(choice, f"{where}: answer_choices").strip() for choice in choices)
         target = text["targets_pretokenized"].strip()
-        return Example(text["inputs_pretokenized"].strip(), target, options)
+        return Example(text["inputs_pretokenized"].strip(), target, choices)
 
     def check(self, count: int) -> None:
-        """Read so many rows, evenly spaced: what is wrong with all of them is found before a long run, not in it."""
+        """Read so many rows, evenly spaced: what is wrong with all is found before a long run."""
         for i in range(0, len(self), max(1, len(self) // count)):
             self[i]
 
     def scorable(self, i: int) -> Example:
-        """Example i, with options that are there, differ, and hold the target; else InputError."""
+        """Example i, with choices that are there, differ, and hold the target; else InputError."""
         example = self[i]
         where = self.where(i)
-        if len(set(example.options)) < 2 or not all(example.options):
-            raise InputError(f"{where}: needs two or more different answer_choices, has {list(example.options)}")
-        if example.target not in example.options:
-            raise InputError(f"{where}: target {example.target!r} is not among {list(example.options)}")
+        if len(set(example.choices)) < 2 or not all(example.choices):
+            raise InputError(
+                f"{where}: needs two or more different answer_choices, has {list(example.choices)}"
+            )
+        if example.target not in example.choices:
+            raise InputError(f"{where}: target {example.target!r} is not among {list(example.choices)}")
         return example
 
 
@@ -149,13 +145,15 @@ class Prompt:
         """One episode: the examples come from the training split, and none is among the questions."""
         if not len(self.validation):
             raise InputError(f"{self.validation.folder}: the {self.validation.name} split is empty")
-        queries = [self.validation.scorable(i) for i in range(min(len(self.validation), limit or sys.maxsize))]
+        queries = [
+            self.validation.scorable(i) for i in range(min(len(self.validation), limit or sys.maxsize))
+        ]
         order = random.Random(f"{seed} {self.name} {n}").sample(range(len(self.train)), len(self.train))
         asked = {query.input for query in queries}
         drawn = list(islice((e for e in map(self.train.__getitem__, order) if e.input not in asked), shots))
         if len(drawn) < shots:
             raise InputError(
-                f"{self.train.folder}: only {len(drawn)} training rows are not also questions; {shots} --shots asked"
+                f"{self.train.folder}: only {len(drawn)} training rows aren't questions, for {shots} --shots"
             )
         return [Episode(queries, drawn)]
 
@@ -163,25 +161,30 @@ class Prompt:
 # Held-out datasets by the beginning of their tasks' names. T0 held out story_cloze too: it has to be
 # asked for separately, so it is neither trained nor evaluated here.
 HELD_OUT = (
-    "anli hellaswag super_glue_cb super_glue_copa super_glue_rte super_glue_wic super_glue_wsc.fixed winogrande"
+    "anli hellaswag super_glue_cb super_glue_copa super_glue_rte super_glue_wic super_glue_wsc.fixed "
+    "winogrande"
 ).split()
 
 
 def p3_names(folder: Path, split: str) -> dict[str, str]:
-    """Task name -> dataset, for split "train" or "test": by splits/{train,test}_tasks.txt, else the paper's."""
+    """Task name -> dataset, for split "train" or "test": by splits/….txt, else the paper's."""
     lists = read_lists(folder / "splits")
     if lists is not None:
         return {name: name for name in lists[split]}
     names = {}
     for path in sorted(folder.iterdir()):
-        if path.name.endswith("_score_eval") or path.name.startswith("story_cloze") or not find_split(path, "train"):
+        if (
+            path.name.endswith("_score_eval")
+            or path.name.startswith("story_cloze")
+            or not find_split(path, "train")
+        ):
             continue
         dataset = next((d for d in HELD_OUT if path.name.startswith(d)), None)
         if (dataset is not None) != (split == "test"):
             continue
         if split == "test":
             rows = Split(path, "validation")
-            if len(rows) and not rows[0].options:
+            if len(rows) and not rows[0].choices:
                 print(f"{path.name}: left out, its rows have no answer_choices to rank", file=sys.stderr)
                 continue
         names[path.name] = dataset or path.name

@@ -4,9 +4,7 @@ What is compared is where they start: gists of examples, a prefix tuned on the t
 numbers, an MLP, the examples' first tokens, or slots that pass through the layers.
 """
 
-import argparse
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +12,37 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data import Batch, Episode, Formatter, collate
-from gist import Gists, load_base, load_trained, read_rows, save  # noqa: F401  called as tasks.prefix.save
-from gist import restore as restore_hyper
-from llama import KV, InputError, Llama, ragged
+from data import Batch, Episode, Formatter, Sample, collate
+from gist import Compression, Gists, Rows, read_rows
+from llama import KV, InputError, Llama, positions_of, rotary_angles
+from run import Options, Run, all_options, load_adapters, load_base, option, read_args
+from run import restore as restore_hyper
 from tasks import p3
 
-FOLDER, MODEL = "P3", "llama-c"  # the miniature's data and checkpoint
+FOLDER = "P3"
+MODEL = "llama-c"
 METRIC = "accuracy"
-OPTIONS = ("init", "run")
-score = p3.score
+INITS = ("hyper", "shared", "random", "reparam", "text", "propagate")
+OPTIONS = {
+    "init": option(
+        kind=str,
+        choices=INITS,
+        help="prefix: what a prefix starts from: gists of --run; a prefix tuned on training tasks; random "
+        "numbers; an MLP; the examples' first tokens; slots that pass through the layers",
+    ),
+    "run": option(
+        kind=Path, help="prefix: a finished run whose hypernetwork makes the prefixes to start from"
+    ),
+}
+WITHOUT = ("instruction_downstream", "average")
 DEFAULTS = {
     "large": p3.DEFAULTS["large"] | {"steps": 3000, "lr": 3e-3, "measure": 10, "init": "hyper"},
-    "tiny": p3.DEFAULTS["tiny"] | {"steps": 100, "batch_size": 2, "lr": 3e-2, "measure": 10, "init": "hyper"},  # a small budget tells starts apart
+    "tiny": p3.DEFAULTS["tiny"]  # a small budget tells starts apart
+    | {"steps": 100, "batch_size": 2, "lr": 3e-2, "measure": 10, "init": "hyper"},
 }
+score = p3.score
 MLP_LR = 0.1  # an MLP that makes a prefix learns at this share of the rate of a flat prefix
-INITS = ("hyper", "shared", "random", "reparam", "text", "propagate")
+HIDDEN = 512  # most hidden units of the MLP that makes a prefix
 
 # The eight prompts that the paper tunes prefixes on.
 PROMPTS = (
@@ -39,55 +52,60 @@ PROMPTS = (
 ).split()
 
 
-def check(args: argparse.Namespace) -> None:
-    """InputError for options that don't go together."""
-    from tasks import read_args  # (which imports this module)
-
+def check(args: Options) -> None:
     if args.method != "hyper":
         raise InputError("--task prefix has no --method: --init says how a prefix starts")
     if args.downstream != "frozen":
-        raise InputError(f"--downstream {args.downstream} belongs to a hypernetwork with LoRA sets, not to this run")
+        raise InputError(f"--downstream {args.downstream} belongs to a run with LoRA sets, not to this one")
+    if args.optimizer != "adamw":
+        raise InputError("--optimizer muon is for matrices of layers, and prefix tuning trains none")
     if (args.init == "hyper") != (args.run is not None):
-        raise InputError("--init hyper needs --run DIR, a finished run of --task p3; no other --init takes one")
-    if args.run:
-        folder, before = Path(args.run), read_args(Path(args.run))
-        if not (folder / "adapters.safetensors").exists() or (before["task"], before["method"]) != ("p3", "hyper"):
-            raise InputError(f"--run {folder}: not a finished hypernetwork for P3")
-        if before.get("emit", "kv") != "kv":
-            raise InputError(f"--run {folder}: makes low-rank updates, and a prefix starts from keys and values")
-        if before["gists"] != args.gists or Path(before["model"]).resolve() != Path(args.model).resolve():
-            raise InputError(f"--run {folder}: has {before['gists']} gists and the model {before['model']}, other than this run")
+        raise InputError(
+            "--init hyper needs --run DIR, a finished run of --task p3; no other --init takes one"
+        )
+    if not args.run:
+        return
+    folder = Path(args.run)
+    before = read_args(folder)
+    if not (folder / "adapters.safetensors").exists() or (before["task"], before["method"]) != (
+        "p3",
+        "hyper",
+    ):
+        raise InputError(f"--run {folder}: not a finished hypernetwork for P3")
+    if before["gists"] != args.gists or Path(before["model"]).resolve() != Path(args.model).resolve():
+        own = f"{before['gists']} gists and the model {before['model']}"
+        raise InputError(f"--run {folder}: has {own}, other than this run")
 
 
-def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list[p3.Prompt]:
+def load(args: Options, formatter: Formatter | None, split: str) -> list[p3.Prompt]:
     tasks = p3.p3_tasks(args.data, split)
     return tasks if split == "train" else [task for task in tasks if task.name in PROMPTS] or tasks
 
 
-def build(args: argparse.Namespace) -> "SoftPrefix":
+def build(args: Options) -> "SoftPrefix":
     generator = torch.Generator().manual_seed(args.seed)
     kind = args.init if args.init in ("reparam", "propagate") else "flat"
-    tasks = load(args, None, "test")
-    prefix = SoftPrefix(load_base(args), len(tasks), args.gists, kind, generator)
-    prefix.tasks = " ".join(task.name for task in tasks)  # a prefix belongs to its task
-    return prefix
+    names = [task.name for task in load(args, None, "test")]
+    return SoftPrefix(load_base(args), names, args.gists, kind, generator)
 
 
-def restore(args: argparse.Namespace, folder: Path) -> "SoftPrefix":
-    return load_trained(build(args), folder)
+def restore(args: Options, folder: Path) -> "SoftPrefix":
+    return load_adapters(build(args), folder)
 
 
-def batches(args: argparse.Namespace, hyper: "SoftPrefix", formatter: Formatter) -> "PrefixBatches":
-    return PrefixBatches(load(args, formatter, "test"), formatter)
+def batches(run: Run) -> "PrefixBatches":
+    return PrefixBatches(load(run.args, run.formatter, "test"), run.formatter)
 
 
-def prefix_of(run, episodes: list[Episode], t: int, adapter: None) -> Gists:
-    """The prefix of task number t, for each episode: the column of the table that is this run's own."""
-    return run.hyper.prefix()[torch.tensor([t] * len(episodes), device=run.device)]
+def prefix_of(run: Run, t: int) -> Gists:
+    """The prefix of task number t."""
+    return run.hyper.prefix()[torch.tensor([t], device=run.device)]
 
 
 class SoftPrefix(nn.Module):
     """Prefixes that are trained themselves, one for each of R tasks, in front of a frozen Llama.
+
+    They stand at positions 0 … P-1, as gists do, so that queries go on at P.
 
     kind  "flat"       the keys and values are the parameters (prefix tuning, Li and Liang 2021)
           "reparam"    they are the outputs of an MLP: [P, D] -> Linear -> tanh -> 2·L·K·hd
@@ -96,36 +114,50 @@ class SoftPrefix(nn.Module):
     """
 
     gist_ids = ()  # it reads no examples
+    compression = Compression()
+    downstream_adapter = None
 
-    def __init__(self, model: Llama, tasks: int, length: int, kind: str, generator: torch.Generator):
+    def __init__(
+        self, model: Llama, tasks: Sequence[str], length: int, kind: str, generator: torch.Generator
+    ):
         super().__init__()
         c = model.config
-        self.model, self.kind, self.answerer = model, kind, None
+        self.model = model
+        self.tasks = tasks
+        self.length = length
+        self.kind = kind
         self.lr_share = MLP_LR if kind == "reparam" else 1.0
         device = model.embed_tokens.weight.device
-        self.register_buffer("offset", torch.full((tasks,), length, device=device))
 
         def normal(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(shape, generator=generator).to(device))
 
+        R = len(tasks)
         if kind == "flat":
-            self.table = normal(c.layers, 2, tasks, c.kv_heads, length, c.head_size)
+            self.table = normal(c.layers, 2, R, c.kv_heads, length, c.head_size)
         elif kind == "reparam":
-            hidden, outputs = min(c.width, HIDDEN), 2 * c.layers * c.kv_heads * c.head_size
-            self.table = normal(tasks, length, c.width)
-            self.first = nn.Parameter(normal(tasks, c.width, hidden).data / c.width**0.5)
-            self.second = nn.Parameter(normal(tasks, hidden, outputs).data / hidden**0.5)
+            hidden = min(c.width, HIDDEN)
+            outputs = 2 * c.layers * c.kv_heads * c.head_size
+            self.table = normal(R, length, c.width)
+            self.first = nn.Parameter(normal(R, c.width, hidden).data / c.width**0.5)
+            self.second = nn.Parameter(normal(R, hidden, outputs).data / hidden**0.5)
         else:  # the slots start as words; nothing is added in the layers after the first
-            words = torch.randperm(c.vocab, generator=generator)[: tasks * length].to(device)
-            table = torch.zeros(c.layers, tasks, length, c.width, device=device)
-            table[0] = model.embed_tokens.weight[words].view(tasks, length, c.width)
+            words = torch.randperm(c.vocab, generator=generator)[: R * length].to(device)
+            table = torch.zeros(c.layers, R, length, c.width, device=device)
+            table[0] = model.embed_tokens.weight[words].view(R, length, c.width)
             self.table = nn.Parameter(table)
+
+    @property
+    def belongs_to(self) -> dict[str, str]:
+        """What its tensors mean nothing without: the base, and the tasks in this order."""
+        return {"base": self.model.checksum, "tasks": " ".join(self.tasks)}
 
     def past(self) -> list[KV]:
         """Per layer keys and values [R, K, P, hd]."""
-        c, dtype = self.model.config, self.model.embed_tokens.weight.dtype
         if self.kind == "propagate":
             return self.propagated()
+        c = self.model.config
+        dtype = self.model.embed_tokens.weight.dtype
         table = self.table
         if self.kind == "reparam":
             table = (table @ self.first).tanh() @ self.second  # [R, P, 2·L·K·hd]
@@ -133,26 +165,29 @@ class SoftPrefix(nn.Module):
         return [(k.to(dtype), v.to(dtype)) for k, v in table]
 
     def propagated(self) -> list[KV]:
-        """Slots see nothing but slots, so they can be read alone, before any query."""
-        slots = torch.zeros_like(self.table[0], dtype=self.model.embed_tokens.weight.dtype)
-        return self.model(slots, added=self.table, select=self.offset[:0])[1]
+        """Slots see nothing but slots, so they pass through the layers alone, before any query."""
+        x = torch.zeros_like(self.table[0], dtype=self.model.embed_tokens.weight.dtype)  # [R, P, D]
+        angles = rotary_angles(positions_of(x), self.model.config)
+        past = []
+        for layer, added in zip(self.model.layers, self.table):
+            x, k, v = self.model.run_layer(layer, x + added.to(x.dtype), angles, None, None, {})
+            past.append((k, v))
+        return past
 
     def prefix(self) -> Gists:
-        return Gists(self.past(), self.offset)
+        offset = torch.full((len(self.tasks),), self.length, device=self.table.device)
+        return Gists(self.past(), offset)
 
     @torch.no_grad()
     def start_from(self, gists: Gists) -> None:
-        """Take keys, values and offsets as the flat prefix to start from."""
+        """Take keys and values as the flat prefix to start from. They must stand where the prefix does."""
         self.table.copy_(torch.stack([torch.stack(list(layer)) for layer in gists.past]))
-        self.offset.copy_(gists.offset)
 
-    def forward(self, batch) -> Tensor:
-        """A data.Batch, in which `row` says the task of each query -> logits at its targets, [N, V]."""
-        before = self.prefix()[batch.row].before(batch.tokens.shape[1])
-        return self.model(batch.tokens, **before, select=batch.select)[0]
-
-
-HIDDEN = 512  # most hidden units of the MLP that makes a prefix
+    def forward(self, batch: Batch) -> tuple[Tensor, Gists]:
+        """Logits at the targets [M, V], and the prefixes. A batch holds queries of all tasks in turn."""
+        gists = self.prefix()
+        past = gists[batch.row % len(self.tasks)].as_past(batch.tokens.shape[1])
+        return self.model(batch.tokens, **past, select=batch.select)[0], gists
 
 
 @dataclass
@@ -171,52 +206,60 @@ class PrefixBatches:
 
     def __call__(self, seed: int, numbers: Sequence[int]) -> Batch:
         """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
-        row, prompts, targets, left_out = [], [], [], Counter()
-        for number in numbers:
-            for t, task in enumerate([None] if self.shared else self.tasks):
-                episode, some = self.draw(random.Random(f"{seed} {task.name if task else 'shared'} {number}"), task)
-                (query,) = episode.queries
-                target = self.formatter.target(episode, query.target) + [self.formatter.tokenizer.eos]
-                prompt = self.formatter.query(episode, query, self.formatter.query_length - len(target))
-                row.append(t)
-                prompts.append(prompt.tokens)
-                targets.append(target)
-                left_out += some + prompt.left_out
-        return collate(None, row, prompts, targets, left_out=left_out)
+        tasks = [None] if self.shared else self.tasks
+        return collate([self.sample(seed, number, task) for number in numbers for task in tasks])
 
-    def draw(self, rng: random.Random, task: p3.Prompt | None) -> tuple[Episode, Counter[str]]:
-        """An episode of this task, or of any."""
-        return self.formatter.fitting(
-            lambda: (task or rng.choices(self.tasks, [t.weight for t in self.tasks])[0]).draw(rng, 0, 1)
-        )
+    def sample(self, seed: int, number: int, task: p3.Prompt | None) -> Sample:
+        episode = self.episode(random.Random(f"{seed} {task.name if task else 'shared'} {number}"), task)
+        (query,) = episode.queries
+        target = [*self.formatter.target(episode, query.target), self.formatter.tokenizer.eos]
+        prompt = self.formatter.query(episode, query, self.formatter.query_length - len(target))
+        return Sample(None, [(prompt, target)])
+
+    def episode(self, rng: random.Random, task: p3.Prompt | None) -> Episode:
+        """A query of this task, or of any, whose target fits."""
+        for _ in range(100):
+            drawn = task or rng.choices(self.tasks, [t.weight for t in self.tasks])[0]
+            episode = drawn.draw(rng, 0, 1)
+            if self.formatter.fits(episode.queries[0]):
+                return episode
+        raise InputError(f"no target fits into {self.formatter.query_length} tokens (--query-length)")
 
 
-def start(run, tasks: list[p3.Prompt], out: Path, train: Callable) -> None:
+def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> None:
     """What the prefixes start from, by --init: "hyper" and "text" read examples, "shared" is tuned before.
 
-    train(hyper, batches, folder): the loop of train.py, in a folder of its own.
+    train(run, batches, folder): the loop of train.py, in a folder of its own.
     """
-    from tasks import read_args
-
-    args, hyper, formatter, device = run.args, run.hyper, run.formatter, run.device
+    args = run.args
+    hyper = run.hyper
     shots = [task.evaluation(args.seed, 0, args.shots, 1)[0] for task in tasks]
     if args.init == "hyper":
         folder = Path(args.run)
-        made_by = restore_hyper(argparse.Namespace(**read_args(folder) | {"device": args.device, "dtype": args.dtype}), folder)
-        rows = [formatter.context_row(episode, made_by.gist_ids).tokens for episode in shots]
+        before = all_options()(**read_args(folder) | {"device": args.device, "dtype": args.dtype})
+        made_by = restore_hyper(before, folder)
+        contexts = [made_by.compression.contexts(run.formatter, e, made_by.gist_ids) for e in shots]
+        pieces = [Rows.of(piece, run.device) for piece in zip(*contexts)]
         with torch.no_grad():
-            hyper.start_from(made_by.compress(ragged(rows, device=device)))
+            gists = made_by.compression.prefix(made_by, pieces)
+        if not isinstance(gists, Gists) or gists.past[0][0].shape[2] != args.gists:
+            raise InputError(
+                f"--run {folder}: its prefixes aren't the keys and values of {args.gists} positions"
+            )
+        hyper.start_from(gists)
     elif args.init == "text":
-        rows = [formatter.context_row(episode).tokens[1 : args.gists + 1] for episode in shots]
+        rows = [run.formatter.context_tokens(episode)[1 : args.gists + 1] for episode in shots]
         if min(map(len, rows)) < args.gists:
             raise InputError(f"--gists {args.gists}: the examples have fewer tokens")
         hyper.start_from(read_rows(hyper.model, rows))
     elif args.init == "shared":
-        shared = SoftPrefix(hyper.model, 1, args.gists, "reparam", torch.Generator().manual_seed(args.seed))
+        generator = torch.Generator().manual_seed(args.seed)
+        shared = SoftPrefix(hyper.model, ["shared"], args.gists, "reparam", generator)
         folder = out / "shared"
         if not (folder / "adapters.safetensors").exists():
             folder.mkdir(exist_ok=True)
-            train(shared, PrefixBatches(load(args, formatter, "train"), formatter, shared=True), folder)
-        load_trained(shared, folder)
+            batches = PrefixBatches(load(args, run.formatter, "train"), run.formatter, shared=True)
+            train(Run(args, shared, run.formatter), batches, folder)
+        load_adapters(shared, folder)
         with torch.no_grad():  # folded: from here on, keys and values themselves are trained
-            hyper.start_from(shared.prefix()[torch.zeros(len(tasks), dtype=torch.long, device=device)])
+            hyper.start_from(shared.prefix()[torch.zeros(len(tasks), dtype=torch.long, device=run.device)])

@@ -17,7 +17,7 @@ from llama import InputError, reading
 
 
 class JsonLines(Sequence):
-    """A .jsonl file, by number; blank lines don't count. Only the places where lines begin are kept in memory."""
+    """A .jsonl file, by number; blank lines don't count. Only where lines begin is kept in memory."""
 
     def __init__(self, path: Path):
         data, newlines = map_file(path), [np.zeros(1, dtype=np.int64)]
@@ -117,13 +117,13 @@ READERS = {".jsonl": JsonLines, ".tfrecord": TFRecords, ".parquet": Parquet}
 
 
 def file_kind(path: Path) -> str | None:
-    """By the end of its name: train.jsonl, train.tfrecord-00000-of-00001, train-00000-of-00002.parquet; no .bak, no ~."""
+    """By the end of its name: train.jsonl, train.tfrecord-00000-of-00001, train-00000-of-00002.parquet."""
     match = re.search(r"(\.jsonl|\.tfrecord|\.parquet)(-\d+-of-\d+)?$", path.name)
     return match and match[1]
 
 
 def map_file(path: Path) -> mmap.mmap | bytes:
-    """A file's bytes, without reading them. To be dropped soon: a map holds a file open, and data has thousands."""
+    """A file's bytes, without reading them. To be dropped soon: a map holds its file open."""
     with reading(path, "can't be read"), open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
@@ -227,7 +227,9 @@ def read_lists(folder: Path) -> dict[str, list[str]] | None:
         with reading(path, "not a list of tasks"):
             names[part] = path.read_text(encoding="utf-8").split()
         for name in names[part]:
-            if name in (".", "..") or Path(name).name != name:  # (a symbolic link in the folder may lead out of it)
+            if (
+                name in (".", "..") or Path(name).name != name
+            ):  # (a symbolic link in the folder may lead out of it)
                 raise InputError(f"{path}: the task {name} is not in its folder")
         if len(set(names[part])) < len(names[part]):
             raise InputError(f"{path}: the task {max(names[part], key=names[part].count)} is listed twice")

@@ -4,7 +4,6 @@ The prompt is Tk-Instruct's. ROUGE-L of the generated answer against the best re
 all instances (paper, Section 4.2). The paper's I: the definition also in the query.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -18,14 +17,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import Episode, EpisodeBatches, Example, Formatter, Layout
-from gist import HyperLlama, build, restore, save  # noqa: F401  called as tasks.sni.build, …
+from data import Episode, Example, Formatter, Layout
 from llama import InputError, reading
 from tasks.rows import as_text, existing, read_lists
 
 FOLDER, MODEL = "natural-instructions", "llama-c"  # the miniature's data and checkpoint
 METRIC = "rougeL"
-OPTIONS = ("instruction_downstream", "fuse_instruction")
+WITHOUT = ("score",)  # there are no choices to rank
+ONE_SET = True
 DEFAULTS = {
     "large": {"shots": 2, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
     "tiny": {"shots": 2, "steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 1},
@@ -41,7 +40,9 @@ def rouge_scorer():
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L F1 in percent against the best reference, as Super-NaturalInstructions scores."""
-    return 100 * max(rouge_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references)
+    return 100 * max(
+        rouge_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references
+    )
 
 
 def score(answer: str, query: Example) -> float:
@@ -50,29 +51,23 @@ def score(answer: str, query: Example) -> float:
 
 def without_a_model(tasks: list[list[Episode]]) -> dict[str, list[list[float]]]:
     """ROUGE-L of two answers that need no model: the input, and the output of the first example."""
-    values: dict[str, list[list[float]]] = {"copy_input": [], "copy_example": []}
+    scores = {"copy_input": [], "copy_example": []}
     for (episode,) in tasks:
         example = episode.shots[0].target if episode.shots else ""
-        for name, answer in (("copy_input", None), ("copy_example", example)):
-            each = [rouge_l(query.input if answer is None else answer, query.references) for query in episode.queries]
-            values[name].append([statistics.fmean(each)])
-    return values
+        queries = episode.queries
+        scores["copy_input"].append([statistics.fmean(rouge_l(q.input, q.references) for q in queries)])
+        scores["copy_example"].append([statistics.fmean(rouge_l(example, q.references) for q in queries)])
+    return scores
 
 
-def check(args: argparse.Namespace) -> None:
-    """InputError for options that don't go together."""
+def check(args) -> None:
     if not find_spec("rouge_score"):
         raise InputError("ROUGE-L needs the package rouge-score (pip install rouge-score)")
-    if (args.instruction_downstream or args.fuse_instruction) and args.method != "hyper":
-        raise InputError("--instruction-downstream and --fuse-instruction belong to --method hyper")
+    if args.instruction_downstream and args.method != "hyper":
+        raise InputError("--instruction-downstream belongs to --method hyper")
 
 
-def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> EpisodeBatches:
-    tasks, instruct, fuse = load(args, formatter, "train"), args.instruction_downstream, args.fuse_instruction
-    return EpisodeBatches(tasks, formatter, args.method, hyper.gist_ids, args.shots, instruct, fuse, args.reconstruct)
-
-
-def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list["SNITask"]:
+def load(args, formatter: Formatter, split: str) -> list["SNITask"]:
     return sni_tasks(args.data, split)
 
 
@@ -116,7 +111,9 @@ def read_sni_task(path: Path) -> SNITask:
     """A task file. Older ones have plain text where newer ones have lists."""
 
     def texts(value: object, what: str) -> list[str]:
-        values = [as_text(v, f"{path}: {what}").strip() for v in (value if isinstance(value, list) else [value])]
+        values = [
+            as_text(v, f"{path}: {what}").strip() for v in (value if isinstance(value, list) else [value])
+        ]
         if not values:
             raise InputError(f"{path}: {what} is empty")
         return values
@@ -125,7 +122,12 @@ def read_sni_task(path: Path) -> SNITask:
         raw = json.loads(path.read_bytes())
         definition = full_stop(texts(raw["Definition"], "Definition")[0])
         examples = [
-            Example(*(full_stop(texts(e[field], f"Positive Examples: {field}")[0]) for field in ("input", "output")))
+            Example(
+                *(
+                    full_stop(texts(e[field], f"Positive Examples: {field}")[0])
+                    for field in ("input", "output")
+                )
+            )
             for e in raw["Positive Examples"]
         ]
         instances = []
@@ -150,5 +152,10 @@ def sni_tasks(folder: str | Path, split: str) -> list[SNITask]:
     if not present:
         raise InputError(f"{folder / 'tasks'}: none of the {len(paths)} tasks of {split}_tasks.txt is here")
     if len(present) < len(paths):
-        print(f"{folder}: {len(paths) - len(present)} of {len(paths)} {split} tasks have no file and are left out", file=sys.stderr)
-    return [read_sni_task(path) for path in tqdm(present, desc=f"reading {split} tasks", leave=False, delay=1)]
+        print(
+            f"{folder}: {len(paths) - len(present)} of {len(paths)} {split} tasks have no file: left out",
+            file=sys.stderr,
+        )
+    return [
+        read_sni_task(path) for path in tqdm(present, desc=f"reading {split} tasks", leave=False, delay=1)
+    ]

@@ -1,10 +1,9 @@
-"""Symbol tuning (Wei et al. 2023): texts to classify whose labels are arbitrary symbols, new ones for each prompt.
+"""Symbol tuning (Wei et al. 2023): texts to classify, with arbitrary symbols as labels, new for each prompt.
 
 Only the examples say what a symbol means. Accuracy over at most 100 queries of each held-out set, each
 with its own symbols, format and examples (paper, Section 4.3).
 """
 
-import argparse
 import random
 import string
 import zlib
@@ -12,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import Episode, EpisodeBatches, Example, Formatter, Layout
-from gist import HyperLlama, build, restore, save  # noqa: F401  called as tasks.symbol.build, …
+from data import Episode, Example, Formatter, Layout
 from llama import InputError, Tokenizer, reading
+from run import option
 from tasks.rows import JsonLines, as_text, existing, read_lists
 
 FOLDER, MODEL = "symbol", "llama-c"  # the miniature's data and checkpoint
 METRIC = "accuracy"
-OPTIONS = ("words",)
+OPTIONS = {"words": option(kind=Path, help="file of words to use as labels (the tokenizer's whole words)")}
+ONE_SET = True
 DEFAULTS = {
     "large": {"shots": 4, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 10},
     "tiny": {"shots": 4, "steps": 300, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 10, "limit": 20},
@@ -30,16 +30,9 @@ def score(answer: str, query: Example) -> float:
     return 100.0 * (answer == query.target)
 
 
-def check(args: argparse.Namespace) -> None:
-    """InputError for options that don't go together."""
-
-
-def batches(args: argparse.Namespace, hyper: HyperLlama, formatter: Formatter) -> EpisodeBatches:
-    return EpisodeBatches(load(args, formatter, "train"), formatter, args.method, hyper.gist_ids, args.shots, reconstruct=args.reconstruct)
-
-
-def load(args: argparse.Namespace, formatter: Formatter, split: str) -> list["SymbolTask"]:
-    return symbol_tasks(args.data, split, read_words(args.words) if args.words else whole_words(formatter.tokenizer))
+def load(args, formatter: Formatter, split: str) -> list["SymbolTask"]:
+    words = read_words(args.words) if args.words else whole_words(formatter.tokenizer)
+    return symbol_tasks(args.data, split, words)
 
 
 # The ten formats of symbol tuning: what comes before the input, and before the label.
@@ -126,10 +119,12 @@ class SymbolTask:
         examples = []
         for label, texts in self.classes.items():
             others = [text for text in texts if text not in asked]
-            examples += [Example(text, symbols[label]) for text in rng.sample(others, min(shots, len(others)))]
+            examples += [
+                Example(text, symbols[label]) for text in rng.sample(others, min(shots, len(others)))
+            ]
         rng.shuffle(examples)
-        options = tuple(symbols.values())
-        queries = [Example(text, symbols[label], options) for label, text in rows]
+        choices = tuple(symbols.values())
+        queries = [Example(text, symbols[label], choices) for label, text in rows]
         return Episode(queries, examples, rng.choice(LAYOUTS))
 
 
@@ -141,7 +136,7 @@ HELD_OUT = (
 
 
 def symbol_tasks(folder: str | Path, split: str, words: Sequence[str]) -> list[SymbolTask]:
-    """The sets of a folder, one .jsonl each with text and label; divided as in splits/, else as in the paper."""
+    """The sets of a folder, one .jsonl each with text and label; divided by splits/, else as in the paper."""
     folder = existing(folder)
     paths = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
     lists = read_lists(folder / "splits")
@@ -151,19 +146,25 @@ def symbol_tasks(folder: str | Path, split: str, words: Sequence[str]) -> list[S
     tasks = []
     for name in lists[split]:
         if name not in paths:
-            raise InputError(f"{folder}: the set {name}, listed in splits/{split}_tasks.txt, has no {name}.jsonl")
+            raise InputError(
+                f"{folder}: the set {name}, listed in splits/{split}_tasks.txt, has no {name}.jsonl"
+            )
         classes: dict[str, list[str]] = {}
         rows = JsonLines(paths[name])
         for i, row in enumerate(rows):
             where = rows.where(i)
             if not isinstance(row.get("label"), (str, int)):
                 raise InputError(f"{where}: label is missing or neither text nor a whole number")
-            classes.setdefault(str(row["label"]), []).append(as_text(row.get("text"), f"{where}: text").strip())
+            classes.setdefault(str(row["label"]), []).append(
+                as_text(row.get("text"), f"{where}: text").strip()
+            )
         if len(classes) < 2 or min(len(set(texts)) for texts in classes.values()) < 2:
             raise InputError(f"{paths[name]}: needs two classes or more, and two texts or more in each")
         tasks.append(SymbolTask(name, classes, words))
     if not tasks:
-        raise InputError(f"{folder}: no {split} sets here (.jsonl files; splits/{split}_tasks.txt may name them)")
+        raise InputError(
+            f"{folder}: no {split} sets here (.jsonl files; splits/{split}_tasks.txt may name them)"
+        )
     return tasks
 
 
@@ -174,8 +175,6 @@ def read_words(path: str | Path) -> list[str]:
     if not words:
         raise InputError(f"{path}: holds no words")
     return words
-
-
 
 
 def whole_words(tokenizer: Tokenizer) -> list[str]:

@@ -24,7 +24,8 @@ import train as training  # noqa: E402
 from gist import HyperLlama  # noqa: E402
 from llama import Config, Linear, Llama, Tokenizer  # noqa: E402
 from lora import add_lora  # noqa: E402
-from tools import answer, cost, export, probe, report, run_command  # noqa: E402
+from run import run_command  # noqa: E402
+from tools import answer, cost, export, probe, report  # noqa: E402
 
 REAL_DATA = ROOT.parent / "shared" / "data"  # real P3, S-NI and text files, where they are at hand
 needs_real_data = pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data files are not here")
@@ -33,8 +34,9 @@ evaluation.MAX_NEW_TOKENS = 16  # (untrained models never end an answer)
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+def one_thread():
+    """Products of small models don't fill two; and two jobs with two threads each would wait for one another."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -60,20 +62,22 @@ def random_llama(kv_heads: int = 2, seed: int = 0, linear: type[Linear] = Linear
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
-                parameter.normal_(0, 1 if "embed" in name else parameter.shape[1] ** -0.5, generator=generator)
+                parameter.normal_(
+                    0, 1 if "embed" in name else parameter.shape[1] ** -0.5, generator=generator
+                )
     return model.requires_grad_(False)
 
 
-def random_hyper(answerer: str | None = None, kv_heads: int = 2, seed: int = 0) -> HyperLlama:
+def random_hyper(downstream: str | None = None, kv_heads: int = 2, seed: int = 0) -> HyperLlama:
     """A HyperLlama whose LoRA sets do something: B is not zero."""
     generator = torch.Generator().manual_seed(seed + 1)
     model = random_llama(kv_heads, seed)
-    for name in {"hyper", answerer} - {None}:
-        add_lora(model, name, rank=4, alpha=8, generator=generator, keys_values_only=name != answerer)
+    for name in sorted({"hyper", downstream} - {None}):
+        add_lora(model, name, rank=4, alpha=8, generator=generator, keys_values_only=name != downstream)
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
             parameter.data.normal_(0, 0.2, generator=generator)
-    return HyperLlama(model, torch.randn(G, 32, generator=generator), "hyper", answerer)
+    return HyperLlama(model, torch.randn(G, 32, generator=generator), "hyper", downstream)
 
 
 def hf_config(c: Config, **changes) -> dict:
@@ -86,7 +90,10 @@ def hf_config(c: Config, **changes) -> dict:
 
 
 def hf_tensors(model: Llama) -> dict[str, torch.Tensor]:
-    return {("" if n.startswith("lm_head") else "model.") + n: p.detach().clone() for n, p in model.named_parameters()}
+    return {
+        ("" if n.startswith("lm_head") else "model.") + n: p.detach().clone()
+        for n, p in model.named_parameters()
+    }
 
 
 def write_hf(folder: Path, model: Llama, **changes) -> Path:
@@ -124,12 +131,13 @@ def write_meta(folder, model, shards: int):
 
 # -------------------------------------------------------------------------------------------- commands
 
-def few_tasks() -> Path:
-    """A P3 folder of eight training tasks and three held-out ones of the miniature: commands start and evaluate sooner."""
+
+def few_tasks(held_out: int = 3) -> Path:
+    """A P3 folder of eight training tasks and few held-out ones of the miniature: commands start and evaluate sooner."""
     folder, source = Path(tempfile.mkdtemp(prefix="hyperllama-tests-")) / "P3", ROOT / "tiny" / "P3"
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     (folder / "splits").mkdir(parents=True)
-    for part, count in (("train", 8), ("test", 3)):
+    for part, count in (("train", 8), ("test", held_out)):
         names = (source / "splits" / f"{part}_tasks.txt").read_text().split()[:count]
         (folder / "splits" / f"{part}_tasks.txt").write_text("\n".join(names))
         for name in names:
@@ -138,8 +146,23 @@ def few_tasks() -> Path:
 
 
 FEW_TASKS = few_tasks()
-SHORT = ["--data", str(FEW_TASKS), "--batch-size", "2", "--shots", "4", "--gists", "4", "--limit", "4", "--lr", "0.01", "--sets", "2", "--measure", "0"]
-MAINS = {"train": training.main, "eval": evaluation.main, "answer": answer.main, "cost": cost.main, "report": report.main, "export": export.main, "probe": probe.main}
+ONE_HELD_OUT = few_tasks(1)
+SCORED = ["--limit", "2", "--sets", "1", "--no-controls"]  # how short runs are evaluated
+SHORT = [
+    "--data",
+    str(FEW_TASKS),
+    *"--batch-size 2 --shots 4 --gists 4 --lr 0.01 --measure 0".split(),
+    *SCORED,
+]
+MAINS = {
+    "train": training.main,
+    "eval": evaluation.main,
+    "answer": answer.main,
+    "cost": cost.main,
+    "report": report.main,
+    "export": export.main,
+    "probe": probe.main,
+}
 
 
 def command(*argv, program=ROOT / "train.py"):

@@ -1,34 +1,44 @@
 """Training and evaluation compute what the joint pass computes, with LoRA sets whose B is not zero.
 
-The functions that a run calls (logits of a batch, loss of a step, answers to queries) are compared with rows
-laid out here by hand, one query per row, which `HyperLlama.joint` or the plain model reads. Those two are
-compared with a Llama in float64 (`by_hand`). `python -m tests.mutants` shows what mistakes these tests catch.
+The functions that a run calls (logits of a batch, loss of a step, predictions) are compared with rows laid
+out here by hand, one query per row, which `HyperLlama.joint` or the plain model reads. Those two are compared
+with a Llama in float64 (`by_hand`), and so are the chapters of further/, whose rows need other positions and
+masks. `python -m tests.mutants` shows what mistakes these tests catch.
 """
 
-import argparse
 import contextlib
+import copy
 import json
 import random
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
+from statistics import fmean
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, G, random_hyper
+from conftest import ROOT, G, random_hyper, random_llama, write_hf
 
 import eval as evaluation
 import train as training
 from data import PLAIN, Episode, EpisodeBatches, Example, Formatter
-from llama import ragged
+from gist import HyperLlama, gist_mask
+from llama import load, ragged
 from lora import NF4Linear
-from tasks import TASKS, Run
+from run import Options, Run, compression_of
+from tasks import find
 from tasks.p3 import Prompt, Split, p3_tasks
 from tiny.make import write_jsonl
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+NEAR = {"atol": 1e-4, "rtol": 1e-4}  # gradients, and float32 beside float64
 BOS, EOS, GISTS = 1, 2, [50 + i for i in range(G)]
 LETTERS = "\n :abcdefghijklmnopqrstuvwxyzIO0123456789.,?!-+"  # the tokens 3 to 49
-ANSWERERS = [None, "downstream", "hyper"]  # the paper's frozen model, its D, Mu et al.'s gisting
+DOWNSTREAM = [None, "downstream", "hyper"]  # the paper's frozen model, its D, Mu et al.'s gisting
 
 
 class Letters:
@@ -46,25 +56,29 @@ class Letters:
 encode = Letters().encode
 
 
-def args_of(task: str = "p3", **changes) -> argparse.Namespace:
-    """The options of a real run, some of them changed."""
-    return argparse.Namespace(**vars(training.parse(["--task", task])[0]) | changes)
+@cache
+def usual(task: str) -> Options:
+    return training.parse(["--task", task])[0]
 
 
-def attentive_hyper(answerer: str | None):
+def run_of(hyper: HyperLlama, task: str = "p3", **changes) -> Run:
+    """The run of a small model with the options of a real one, some of them changed."""
+    small = {"gists": G, "context": 600, "query_length": 100, "eval_tokens": 700}
+    args = replace(usual(task), **small | changes)
+    hyper.compression = compression_of(args)
+    return Run(args, hyper, Formatter(Letters(), args.context, args.query_length))
+
+
+@cache
+def attentive_hyper(downstream: str | None) -> HyperLlama:
     """A model whose answers depend much on what comes before the query, and on the LoRA sets."""
-    hyper = random_hyper(answerer)
+    hyper = random_hyper(downstream)
     for name, parameter in hyper.named_parameters():
         parameter.data *= 2 if name.endswith(".B") else 1
     for layer in hyper.model.layers:
         layer.self_attn.q_proj.weight *= 4
         layer.self_attn.o_proj.weight *= 3
     return hyper
-
-
-def run_of(hyper, **changes) -> Run:
-    args = args_of(gists=G, context=600, query_length=100, eval_tokens=700, **changes)
-    return Run(args, hyper, Formatter(Letters(), args.context, args.query_length))
 
 
 # ------------------------------------------------------------------------------------- rows by hand
@@ -74,17 +88,21 @@ def word(rng: random.Random, least: int, most: int) -> str:
     return "".join(rng.choices(LETTERS[3:29], k=rng.randint(least, most)))
 
 
-def examples_of(rng: random.Random, count: int, choices: int = 8) -> list[Example]:
-    """Inputs and options of unequal length. (Most options have three letters: short ones win too easily.)"""
+def examples_of(rng: random.Random, count: int, choices: int = 5) -> list[Example]:
+    """Inputs and choices of unequal length. (Most choices have three letters: short ones win too easily.)"""
     examples = []
     for _ in range(count):
-        options = tuple(dict.fromkeys(word(rng, 3, 3) for _ in range(choices - 1))) + (word(rng, 2, 4),)
-        examples.append(Example(word(rng, 1, 9), rng.choice(options), options))
+        texts = tuple(dict.fromkeys(word(rng, 3, 3) for _ in range(choices - 1))) + (word(rng, 2, 4),)
+        examples.append(Example(word(rng, 1, 9), rng.choice(texts), texts))
     return examples
 
 
+def shot(example: Example) -> list[int]:
+    return encode(f"\nInput:\n{example.input}\nOutput:\n{example.target}")
+
+
 def shots_row(shots: list[Example]) -> list[int]:
-    return [BOS] + encode("".join(f"\nInput:\n{shot.input}\nOutput:\n{shot.target}" for shot in shots))
+    return sum(map(shot, shots), [BOS])
 
 
 def question(query: Example) -> list[int]:
@@ -101,25 +119,33 @@ def plain(hyper, rows: list[list[int]], adapter: str | None = None) -> torch.Ten
     return hyper.model(ragged(rows), adapter=adapter)[0]
 
 
-def targets_by_hand(read, row: list[int], *targets: list[int]) -> list[torch.Tensor]:
-    """For each target its logits after the row, [T, V]. (What it ends with predicts nothing.)"""
-    logits = read([row + target[:-1] for target in targets])
-    return [out[len(row) - 1 : len(row) - 1 + len(target)] for out, target in zip(logits, targets)]
+def logits_by_hand(read, pairs: list[tuple]) -> list[torch.Tensor]:
+    """For each (row, target) the target's logits after the row, [T, V]. (Its last token predicts nothing.)"""
+    logits = read([row + target[:-1] for row, target in pairs])
+    return [out[len(row) - 1 :][: len(target)] for out, (row, target) in zip(logits, pairs)]
 
 
-def losses_by_hand(read, row: list[int], *targets: list[int]) -> list[torch.Tensor]:
-    """For each target its cross-entropy after the row, summed over its tokens."""
-    pairs = zip(targets_by_hand(read, row, *targets), targets)
-    return [F.cross_entropy(logits, torch.tensor(target), reduction="sum") for logits, target in pairs]
+def losses_of(logits: list[torch.Tensor], pairs: list[tuple]) -> list[torch.Tensor]:
+    """For each (row, target) the cross-entropy of the target's tokens, [T]."""
+    targets = [torch.tensor(target) for _, target in pairs]
+    return [F.cross_entropy(out, target, reduction="none") for out, target in zip(logits, targets)]
+
+
+def losses_by_hand(read, pairs: list[tuple]) -> list[torch.Tensor]:
+    return losses_of(logits_by_hand(read, pairs), pairs)
 
 
 # --------------------------------------------------------------------------- the model, in float64
 
 
-def by_hand(hyper, row: list[int], sets: list[str | None], visible: torch.Tensor) -> torch.Tensor:
-    """A Llama for one row, positions 0 … T-1: logits [T, V]. sets: each token's LoRA set; visible [T, T]."""
+def by_hand(hyper, row: list[int], sets: list, visible: torch.Tensor, positions=()) -> torch.Tensor:
+    """A Llama for one row: logits [T, V].
+
+    sets [T], each token's LoRA set or None; visible [T, T]; positions [T], else 0 … T-1
+    """
     model, T = hyper.model, len(row)
     H, K, hd = model.config.heads, model.config.kv_heads, model.config.head_size
+    positions = torch.tensor(positions or [*range(T)])
 
     def linear(module, x):
         y = x @ module.weight.double().T
@@ -133,7 +159,7 @@ def by_hand(hyper, row: list[int], sets: list[str | None], visible: torch.Tensor
 
     def rotated(x):  # [T, h*hd] -> [h, T, hd/2], complex: halves of a head are real and imaginary parts
         frequencies = torch.tensor([10000.0 ** (-2 * i / hd) for i in range(hd // 2)], dtype=torch.float64)
-        angles = torch.arange(T)[:, None] * frequencies
+        angles = positions[:, None] * frequencies
         real, imaginary = x.view(T, -1, hd).transpose(0, 1).chunk(2, dim=-1)
         return torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
 
@@ -154,25 +180,25 @@ def by_hand(hyper, row: list[int], sets: list[str | None], visible: torch.Tensor
 
 
 @pytest.mark.parametrize("size", [1, 0.002], ids=["plain", "tiny"])  # (tiny numbers need the norm's eps)
-@pytest.mark.parametrize("answerer", ANSWERERS)
-def test_the_joint_pass_is_a_llama_whose_queries_see_gists_alone(answerer, size):
-    hyper = random_hyper(answerer)
+@pytest.mark.parametrize("downstream", DOWNSTREAM)
+def test_the_joint_pass_is_a_llama_whose_queries_see_gists_alone(downstream, size):
+    hyper = random_hyper(downstream)
     for table in (hyper.model.embed_tokens.weight, hyper.gists):
         table.data *= size
     examples, query = shots_row(examples_of(random.Random(0), 2)), [BOS, *encode("\nabc")]
     row, end = examples + GISTS + query, len(examples) + G
-    sets = ["hyper"] * end + [answerer] * len(query)
+    sets = ["hyper"] * end + [downstream] * len(query)
     visible = torch.ones(len(row), len(row)).tril().bool()
     visible[end:, : len(examples)] = False
     expected = by_hand(hyper, row, sets, visible).float()
-    torch.testing.assert_close(joint(hyper, [row])[0], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(joint(hyper, [row])[0], expected, **NEAR)
 
 
-@pytest.mark.parametrize("adapter", ANSWERERS)
+@pytest.mark.parametrize("adapter", DOWNSTREAM)
 def test_the_plain_model_is_a_llama(adapter):
     hyper, row = random_hyper("downstream"), shots_row(examples_of(random.Random(0), 2))
     expected = by_hand(hyper, row, [adapter] * len(row), torch.ones(len(row), len(row)).tril().bool())
-    torch.testing.assert_close(plain(hyper, [row], adapter)[0], expected.float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain(hyper, [row], adapter)[0], expected.float(), **NEAR)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -180,8 +206,12 @@ def test_the_plain_model_is_a_llama(adapter):
 
 @dataclass
 class Recorded:
-    """A training task that records its episodes: one to `shots` examples, targets of unequal length."""
+    """A training task that records its episodes: one to `shots` examples, targets of unequal length.
 
+    instructed: every second episode has an instruction
+    """
+
+    instructed: bool = False
     name: str = "t"
     group: str = "t"
     weight: int = 1
@@ -189,80 +219,121 @@ class Recorded:
 
     def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
         examples = [Example(word(rng, 1, 9), word(rng, 1, 4)) for _ in range(queries + rng.randint(1, shots))]
-        self.episodes.append(Episode(examples[:queries], examples[queries:]))
+        instruction = word(rng, 4, 9) if self.instructed and len(self.episodes) % 2 == 0 else ""
+        self.episodes.append(Episode(examples[:queries], examples[queries:], PLAIN, instruction))
         return self.episodes[-1]
 
 
-def recorded_batches(method: str = "hyper") -> tuple[EpisodeBatches, list[Episode]]:
+def recorded_batches(run: Run, method: str = "hyper", **options) -> tuple[EpisodeBatches, list[Episode]]:
     """Batches, and a list that fills with their episodes as they are drawn."""
-    task = Recorded()
-    batches = EpisodeBatches([task], Formatter(Letters(), 600, 100), method, GISTS, shots=4)
+    task = Recorded(**options)
+    batches = EpisodeBatches([task], run.formatter, method, 4, GISTS, run.hyper.compression)
     task.episodes.clear()  # EpisodeBatches draws one to check the task
     return batches, task.episodes
 
 
-def pairs_by_hand(hyper, episodes: list[Episode], method: str = "hyper") -> list[tuple]:
-    """(function that reads rows, row, target) for each query."""
+def pairs_by_hand(episodes: list[Episode], before) -> list[tuple]:
+    """(row, target) for each query. before: episode -> what comes before its questions."""
     pairs = []
     for episode in episodes:
         for query in episode.queries:
-            if method == "hyper":
-                read = lambda rows: joint(hyper, rows)  # noqa: E731
-                row = shots_row(episode.shots) + GISTS + [BOS]
-            else:
-                read = lambda rows: plain(hyper, rows, hyper.answerer)  # noqa: E731
-                row = shots_row(episode.shots if method == "fewshot" else [])
-            pairs.append((read, row + question(query), encode(query.target) + [EOS]))
+            pairs.append((before(episode) + question(query), encode(query.target) + [EOS]))
     return pairs
+
+
+def after_gists(episode: Episode) -> list[int]:
+    return shots_row(episode.shots) + GISTS + [BOS]
+
+
+def loss_of(run: Run, batch) -> torch.Tensor:
+    """The loss of a step of one batch."""
+    logits, gists = run.hyper(batch)
+    terms = training.loss_terms(run)
+    return sum(term.weight * term.loss(run.hyper, batch, gists, logits) / term.count(batch) for term in terms)
 
 
 def gradients(hyper) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in hyper.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("answerer", ANSWERERS)
-def test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass(answerer):
-    """Rows of unequal length, four queries each."""
-    batches, episodes = recorded_batches()
-    batch, hyper, other = batches(0, range(5, 8)), random_hyper(answerer), random_hyper(answerer)
+@pytest.mark.parametrize("downstream", DOWNSTREAM)
+def test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass(downstream):
+    """Rows of unequal length, four queries each. All prefixes end at the same position."""
+    run, other = run_of(random_hyper(downstream)), random_hyper(downstream)
+    batches, episodes = recorded_batches(run)
+    batch = batches(0, range(5, 8))
     assert len(episodes) == 3 and len(batch.row) == 12
     assert len({len(shots_row(episode.shots)) for episode in episodes}) == 3
 
-    pairs = pairs_by_hand(other, episodes)
-    expected = torch.cat([logits for pair in pairs for logits in targets_by_hand(*pair)])
-    torch.testing.assert_close(hyper(batch), expected, **CLOSE)
+    pairs = pairs_by_hand(episodes, after_gists)
+    expected = logits_by_hand(lambda rows: joint(other, rows), pairs)
+    logits, gists = run.hyper(batch)
+    torch.testing.assert_close(logits, torch.cat(expected), **CLOSE)
+    assert gists.offset.tolist() == [G] * 3 and gists.past[0][0].shape[2] == G
 
-    training.loss_of(hyper, batch, args_of()).backward()
-    sum(losses_by_hand(*pair)[0] for pair in pairs).backward()
-    torch.testing.assert_close(gradients(hyper), gradients(other), atol=1e-4, rtol=1e-4)
-    assert all(gradient.abs().max() > 0 for gradient in gradients(hyper).values())
+    loss_of(run, batch).backward()
+    torch.cat(losses_of(expected, pairs)).mean().backward()
+    torch.testing.assert_close(gradients(run.hyper), gradients(other), **CLOSE)
+    assert all(gradient.abs().max() > 0 for gradient in gradients(run.hyper).values())
 
 
 @pytest.mark.parametrize("method", ["fewshot", "zeroshot"])
 def test_a_batch_without_gists_has_the_loss_of_plain_rows(method):
-    batches, episodes = recorded_batches(method)
-    batch, hyper = batches(0, range(3)), random_hyper("downstream")
-    expected = sum(losses_by_hand(*pair)[0] for pair in pairs_by_hand(hyper, episodes, method))
-    torch.testing.assert_close(training.loss_of(hyper, batch, args_of()), expected, **CLOSE)
+    run = run_of(random_hyper("downstream"))
+    batches, episodes = recorded_batches(run, method)
+    batch = batches(0, range(3))
+    pairs = pairs_by_hand(episodes, lambda episode: shots_row(episode.shots if method == "fewshot" else []))
+    losses = losses_by_hand(lambda rows: plain(run.hyper, rows, "downstream"), pairs)
+    torch.testing.assert_close(loss_of(run, batch), torch.cat(losses).mean(), **CLOSE)
 
 
 def log_of(out) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def loop_args(**changes) -> argparse.Namespace:
-    return args_of(accumulate=2, batch_size=2, lr=0.01, gist_lr=0.01, save_every=1, **changes)
+LOOP = {"accumulate": 2, "batch_size": 2, "lr": 0.01, "gist_lr": 0.01}
+TERMS = {"weight_by_context": True, "distill": 0.5, "reconstruct": 0.3}
 
 
-@pytest.mark.parametrize("answerer", ANSWERERS)
-def test_the_loss_of_a_step_is_the_sum_over_its_target_tokens_divided_by_their_number(tmp_path, answerer):
-    """EOS included; two batches in the step."""
-    (batches, episodes), other = recorded_batches(), random_hyper(answerer)
-    training.train(random_hyper(answerer), batches, loop_args(steps=1), tmp_path, False, rank=0, world=1)
-    pairs = pairs_by_hand(other, episodes)
-    counts = [sum(len(target) for *_, target in half) for half in (pairs[:8], pairs[8:])]
-    assert len(pairs) == 16 and counts[0] != counts[1]
-    loss = sum(losses_by_hand(*pair)[0] for pair in pairs) / sum(counts)
+def means_by_hand(hyper, episodes: list[Episode]) -> dict[str, torch.Tensor]:
+    """The terms of the loss, each a mean over its tokens: of targets, or of examples that are said again."""
+    pairs = pairs_by_hand(episodes, after_gists)
+    in_context = pairs_by_hand(episodes, lambda episode: shots_row(episode.shots))
+    alone = pairs_by_hand(episodes, lambda episode: [BOS])
+    again = [(shots_row(e.shots) + GISTS + [EOS], shots_row(e.shots)[1:]) for e in episodes]
+    logits = logits_by_hand(lambda rows: joint(hyper, rows), pairs)
+    losses = torch.cat(losses_of(logits, pairs))
+    with torch.no_grad():
+        teacher = logits_by_hand(lambda rows: plain(hyper, rows), in_context)
+        taught = torch.cat(losses_of(teacher, in_context))
+        gain = torch.cat(losses_by_hand(lambda rows: plain(hyper, rows), alone)) - taught
+        teacher = torch.cat(teacher).log_softmax(-1)
+    student = torch.cat(logits).log_softmax(-1)
+    return {
+        "targets": losses.mean(),
+        "weighted": (gain.clamp(min=0.1) * losses).mean(),
+        "distill": (teacher.exp() * (teacher - student)).sum(-1).mean(),
+        "reconstruct": torch.cat(losses_by_hand(lambda rows: joint(hyper, rows), again)).mean(),
+    }
+
+
+STEPS = {str(name): (name, {}) for name in DOWNSTREAM} | {"terms": ("downstream", TERMS)}
+
+
+@pytest.mark.parametrize("downstream, terms", STEPS.values(), ids=STEPS)
+def test_the_loss_of_a_step_is_the_sum_over_its_target_tokens_divided_by_their_number(
+    tmp_path, downstream, terms
+):
+    """EOS included; two batches in the step. The same of each further term and its tokens."""
+    run, other = run_of(random_hyper(downstream), steps=1, **LOOP, **terms), random_hyper(downstream)
+    batches, episodes = recorded_batches(run)
+    training.train(run, batches, tmp_path)
+    counts = [len(pair[1]) for pair in pairs_by_hand(episodes, after_gists)]
+    assert len(counts) == 16 and sum(counts[:8]) != sum(counts[8:])
+    means = means_by_hand(other, episodes)
+    loss = means["targets"]
+    if terms:
+        loss = means["weighted"] + 0.5 * means["distill"] + 0.3 * means["reconstruct"]
     loss.backward()
     norm = torch.cat([gradient.flatten() for gradient in gradients(other).values()]).norm()
     (line,) = log_of(tmp_path)
@@ -270,15 +341,45 @@ def test_the_loss_of_a_step_is_the_sum_over_its_target_tokens_divided_by_their_n
     assert line["norm"] == pytest.approx(norm.item(), abs=1e-4)
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_rows_that_follow(tmp_path):
-    def stop(step):
-        if step == 3:
-            raise InterruptedError  # two steps are saved
-        return {}
+def test_two_processes_have_the_losses_of_one(tmp_path, monkeypatch):
+    """Two threads in their places, which add up when both have come."""
+    own, sums, both = threading.local(), {}, threading.Barrier(2, timeout=60)
 
-    def train(out, resume=False, measured=lambda step: {}):
-        batches, _ = recorded_batches()
-        hyper, numbers = random_hyper("downstream"), []
+    def all_sum(tensor):
+        sums[own.rank] = tensor
+        both.wait()
+        total = sums[0] + sums[1]
+        both.wait()
+        return tensor.copy_(total)
+
+    def losses(out, rank=0):
+        own.rank = rank
+        run = run_of(random_hyper("downstream"), steps=2, **LOOP, **TERMS)
+        training.train(run, recorded_batches(run)[0], out)
+        return [[line["loss"], line["norm"]] for line in log_of(out)]
+
+    alone = losses(tmp_path)
+    for folder in "01":
+        (tmp_path / folder).mkdir()
+    (tmp_path / "1" / "log.jsonl").touch()
+    monkeypatch.setattr(training, "processes", lambda: (own.rank, 2))
+    monkeypatch.setattr(training, "all_sum", all_sum)
+    with ThreadPoolExecutor(2) as pool:
+        together, _ = pool.map(lambda rank: losses(tmp_path / str(rank), rank), range(2))
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), **NEAR)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_rows_that_follow(tmp_path, monkeypatch):
+    save_state = training.save_state
+
+    def stop(out, hyper, optimizers, step):
+        if step == 3:
+            raise InterruptedError  # two steps are saved, three are in the log
+        save_state(out, hyper, optimizers, step)
+
+    def train(out):
+        run, numbers = run_of(random_hyper("downstream"), steps=4, save_every=1, **LOOP), []
+        batches, _ = recorded_batches(run)
         out.mkdir(exist_ok=True)
 
         def listing(seed, rows):
@@ -286,26 +387,111 @@ def test_a_run_that_was_stopped_goes_on_with_the_rows_that_follow(tmp_path):
             return batches(seed, rows)
 
         with contextlib.suppress(InterruptedError):
-            training.train(hyper, listing, loop_args(steps=4), out, resume, 0, 1, measured)
+            training.train(run, listing, out)
         return numbers, [(line["step"], line["loss"], line["norm"]) for line in log_of(out)]
 
     numbers, log = train(tmp_path / "whole")
     assert numbers == [*range(16)], "four rows in a step, each once"
-    train(tmp_path / "cut", measured=stop)
-    rest, same = train(tmp_path / "cut", resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_state", stop)
+        assert len(train(tmp_path / "cut")[1]) == 3
+    rest, same = train(tmp_path / "cut")
     assert rest == [*range(8, 16)] and same == log
+
+
+# ---------------------------------------------------------------------------------- chapters of further/
+
+WAYS = {
+    "paper": {},
+    "spread": {"gists_spread": True},
+    "among": {"gists_every": 2},
+    "fusion": {"fuse_instruction": True},
+    "concat": {"concat": 2},
+    "chain": {"chain": 2},
+}
+
+
+class Laid(NamedTuple):
+    """Instruction, examples and gists as one row, before a query."""
+
+    tokens: list[int]
+    positions: list[int]
+    visible: torch.Tensor  # [T, T]
+    left: torch.Tensor  # [T] what a query sees of it
+
+
+def lay_out(way: str, episode: Episode) -> Laid:
+    start, examples = [BOS, *encode(episode.instruction)], [*map(shot, episode.shots)]
+    segments = [start + sum(examples, []) + GISTS]
+    if way in ("concat", "chain"):
+        segments = [start + sum(examples[n::2], []) + GISTS for n in range(2)]
+    if way == "among":
+        parts = max(1, -(-len(examples) // 2))
+        segments = []
+        for n in range(parts):
+            gists = GISTS[n * G // parts : (n + 1) * G // parts]
+            segments.append(sum(examples[2 * n : 2 * n + 2], start if n == 0 else []) + gists)
+    tokens = sum(segments, [])
+    positions = [*range(len(tokens))]
+    number = torch.tensor([n for n, segment in enumerate(segments) for _ in segment])
+    is_gist = torch.tensor(tokens) >= 50
+    if way == "concat":  # the gists of the second set follow those of the first
+        ends = [(n + 1) * G for n in range(2)]
+        positions = [p for end, segment in zip(ends, segments) for p in range(end - len(segment), end)]
+    if way == "spread":  # when a g-th of the tokens is read
+        T = len(tokens) - G
+        positions[T:] = [T * g // G - 1 for g in range(1, G + 1)]
+    same = number[:, None] == number
+    visible = (same if way == "concat" else same | is_gist).tril()
+    left = is_gist.clone()
+    left[: len(start)] |= way == "fusion" and episode.instruction != ""
+    return Laid(tokens, positions, visible, left)
+
+
+def after_laid(hyper, laid: Laid, query: list[int]) -> torch.Tensor:
+    """Logits [T, V] of a query after it."""
+    first, T, end = len(laid.tokens), len(laid.tokens) + len(query), laid.positions[-1] + 1
+    visible = torch.ones(T, T).tril().bool()
+    visible[:first, :first] = laid.visible
+    visible[first:, :first] = laid.left
+    sets = [hyper.hyper_adapter] * first + [hyper.downstream_adapter] * len(query)
+    positions = laid.positions + [*range(end, end + len(query))]
+    row = laid.tokens + query
+    logits = by_hand(hyper, row, sets, visible, positions).float()
+    is_gist = torch.tensor([row]) >= 50
+    if visible.equal(gist_mask(is_gist)[0]):  # what the joint pass can read
+        same = hyper.joint(torch.tensor([row]), torch.tensor([positions]))[0]
+        torch.testing.assert_close(same, logits, **NEAR)
+    return logits[first:]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_make_a_prefix_has_the_logits_and_the_gradients_of_one_row(way):
+    """Rows of unequal length, one with an instruction; prefixes end at the same position."""
+    run, other = run_of(random_hyper("downstream"), **WAYS[way]), random_hyper("downstream")
+    batches, episodes = recorded_batches(run, instructed=True)
+    batch = batches(0, range(6, 8))
+    logits, gists = run.hyper(batch)
+    assert gists.offset.tolist() == [G * run.hyper.compression.sets] * 2
+
+    laid = [lay_out(way, episode) for episode in episodes for _ in episode.queries]
+    pairs, expected = pairs_by_hand(episodes, lambda episode: [BOS]), []
+    for prefix, (row, target) in zip(laid, pairs, strict=True):
+        expected.append(after_laid(other, prefix, row + target[:-1])[len(row) - 1 :])
+    torch.testing.assert_close(logits, torch.cat(expected), **NEAR)
+
+    loss_of(run, batch).backward()
+    torch.cat(losses_of(expected, pairs)).mean().backward()
+    torch.testing.assert_close(gradients(run.hyper), gradients(other), **NEAR)
 
 
 # ---------------------------------------------------------------------------------------- evaluation
 
 
-def episodes_of(seed: int, count: int, queries: int, choices: int = 8) -> list[Episode]:
+def episodes_of(seed: int, count: int, queries: int) -> list[Episode]:
     """Unequal numbers of examples."""
     rng = random.Random(seed)
-    return [
-        Episode(examples_of(rng, queries, choices), examples_of(rng, n))
-        for n in rng.sample(range(2, 7), count)
-    ]
+    return [Episode(examples_of(rng, queries), examples_of(rng, n)) for n in rng.sample(range(2, 7), count)]
 
 
 def after(hyper, past, offset: int):
@@ -314,7 +500,7 @@ def after(hyper, past, offset: int):
     def read(rows):
         prefix = [tuple(x.expand(len(rows), -1, -1, -1) for x in both) for both in past]
         offsets = torch.tensor([offset] * len(rows))
-        return hyper.model(ragged(rows), past=prefix, offset=offsets, adapter=hyper.answerer)[0]
+        return hyper.model(ragged(rows), past=prefix, offset=offsets, adapter=hyper.downstream_adapter)[0]
 
     return read
 
@@ -335,14 +521,14 @@ def columns_by_hand(hyper, episode: Episode, other: Episode) -> dict:
     """Column -> (function that reads rows, what comes before the question in them)."""
     shots, alone = episode.shots, [BOS]
     base = lambda rows: plain(hyper, rows)  # noqa: E731
-    trained = lambda rows: plain(hyper, rows, hyper.answerer)  # noqa: E731
-    after_gists = lambda rows: joint(hyper, rows)  # noqa: E731
+    trained = lambda rows: plain(hyper, rows, hyper.downstream_adapter)  # noqa: E731
+    gists = lambda rows: joint(hyper, rows)  # noqa: E731
     return {
-        "main": (after_gists, shots_row(shots) + GISTS + alone),
+        "main": (gists, after_gists(episode)),
         "zeroshot": (base, alone),
         "fewshot": (base, shots_row(shots)),
         "no_prefix": (trained, alone),
-        "other_task": (after_gists, shots_row(other.shots) + GISTS + alone),
+        "other_task": (gists, after_gists(other)),
         "mean_pooled": (pooled_by_hand(hyper, shots), alone),
         "fewer_shots": (base, shots_row(shots[:1])),
         "trained fewshot": (trained, shots_row(shots)),
@@ -356,63 +542,106 @@ def columns_of(run: Run) -> dict:
     return evaluation.columns(run, [Prompt(name, name, None) for name in "ab"]) | trained
 
 
+def predict(run: Run, column, episodes: list[Episode], others: list[Episode]) -> list[str]:
+    return evaluation.predict(run, column, episodes, evaluation.encode(run, column, episodes, others))
+
+
 @torch.no_grad()
-def assert_best(read, row: list[int], query: Example, answer: str, mean: bool = False) -> None:
-    """The answer is the option with the highest log-probability: the sum over its tokens, or their mean."""
-    losses = losses_by_hand(read, row + question(query), *map(encode, query.options))
-    losses = {o: loss.item() / (len(o) if mean else 1) for o, loss in zip(query.options, losses)}
-    assert losses[answer] < min(losses.values()) + 1e-4
+def choices_by_hand(read, row: list[int], queries: list[Example]) -> list[dict[str, torch.Tensor]]:
+    """For each query after the row: choice -> the losses of its tokens."""
+    pairs = [(row + question(query), encode(choice)) for query in queries for choice in query.choices]
+    losses = iter(losses_by_hand(read, pairs))
+    return [{choice: next(losses) for choice in query.choices} for query in queries]
 
 
-@pytest.mark.parametrize("answerer, score", [*((name, "sum") for name in ANSWERERS), ("downstream", "mean")])
-def test_every_column_answers_with_the_option_that_one_row_holds_most_likely(answerer, score):
-    hyper = attentive_hyper(answerer)
-    run = run_of(hyper, score=score)
-    episodes, others = episodes_of(1, 3, queries=4), episodes_of(2, 2, queries=1)
-    queries = [query for episode in episodes for query in episode.queries]
-    answered, by_column = {}, [columns_by_hand(hyper, e, others[i % 2]) for i, e in enumerate(episodes)]
-    table = columns_of(run)
-    assert table.keys() == by_column[0].keys()
+@pytest.fixture
+def scored(monkeypatch):
+    """Log-probabilities of choices, by the choices' tokens, as they are computed."""
+    scored, score_choices = {}, evaluation.score_choices
+
+    def listing(model, prompts, choices, *how):
+        scores = score_choices(model, prompts, choices, *how)
+        scored.update(zip(map(str, choices), scores))
+        return scores
+
+    monkeypatch.setattr(evaluation, "score_choices", listing)
+    return scored
+
+
+def assert_best(answers: list[str], by_hand: list[dict[str, torch.Tensor]], scored: dict, mean: bool = False):
+    """The answers are the choices with the highest log-probability: the sum over tokens, or the mean."""
+    for answer, losses in zip(answers, by_hand, strict=True):
+        expected = torch.stack([-loss.mean() if mean else -loss.sum() for loss in losses.values()])
+        scores = scored[str([encode(choice) for choice in losses])]
+        torch.testing.assert_close(torch.tensor(scores), expected, **NEAR)
+        assert scores[list(losses).index(answer)] == max(scores)
+
+
+EPISODES, OTHERS = episodes_of(4, 3, queries=2), episodes_of(2, 2, queries=1)
+
+
+@cache
+def ranked_by_hand(downstream: str | None) -> dict[str, list[dict]]:
+    """Column -> what each query's choices lose."""
+    ranked = {}
+    for i, episode in enumerate(EPISODES):
+        for name, (read, row) in columns_by_hand(attentive_hyper(downstream), episode, OTHERS[i % 2]).items():
+            ranked.setdefault(name, []).extend(choices_by_hand(read, row, episode.queries))
+    return ranked
+
+
+SCORES = [*((name, "sum") for name in DOWNSTREAM), ("downstream", "mean")]
+
+
+@pytest.mark.parametrize("downstream, score", SCORES)
+def test_every_column_answers_with_the_choice_that_one_row_holds_most_likely(downstream, score, scored):
+    run = run_of(attentive_hyper(downstream), score=score)
+    targets = [query.target for episode in EPISODES for query in episode.queries]
+    answered, table = {}, columns_of(run)
+    assert table.keys() == ranked_by_hand(downstream).keys()
     for name, column in table.items():
-        answered[name] = answers = evaluation.respond(run, column, episodes, others)
-        for n, (query, answer) in enumerate(zip(queries, answers, strict=True)):
-            assert_best(*by_column[n // 4][name], query, answer, score == "mean")
-        scores = [100.0 * (answer == query.target) for answer, query in zip(answers, queries)]
-        assert evaluation.score(run, column, episodes, others) == scores
+        answered[name] = answers = predict(run, column, EPISODES, OTHERS)
+        assert_best(answers, ranked_by_hand(downstream)[name], scored, score == "mean")
+        scores = [100.0 * (answer == target) for answer, target in zip(answers, targets, strict=True)]
+        assert evaluation.score(run, column, EPISODES, OTHERS) == scores
     different = {"main", "zeroshot", "fewshot", "other_task", "mean_pooled"}
     assert len({tuple(answered[name]) for name in different}) == len(different)
 
 
 @torch.no_grad()
-def greedy(read, row: list[int], end: str) -> str:
-    """What greedy decoding writes, one whole pass for each token."""
-    answer, end = [], encode(end)
-    while len(answer) < evaluation.MAX_NEW_TOKENS:
-        answer.append(read([row + answer])[0, -1].argmax().item())
-        if answer[-1] == EOS:
-            return Letters().decode(answer[:-1]).strip()
-        if answer[-len(end) :] == end:
-            return Letters().decode(answer[: -len(end)]).strip()
-    return Letters().decode(answer).strip()
+def greedy(read, rows: list[list[int]], end: str) -> list[str]:
+    """What greedy decoding writes after each row, one whole pass for each token."""
+    answers, end = [[] for _ in rows], encode(end)
+    for _ in range(evaluation.MAX_NEW_TOKENS):
+        for row, answer, logits in zip(rows, answers, read([a + b for a, b in zip(rows, answers)])):
+            if EOS not in answer and answer[-len(end) :] != end:
+                answer.append(logits[len(row) + len(answer) - 1].argmax().item())
+    texts = []
+    for answer in answers:
+        length = len(answer) - (len(end) if answer[-len(end) :] == end else EOS in answer)
+        texts.append(Letters().decode(answer[:length]).strip())
+    return texts
 
 
-@pytest.mark.parametrize("answerer", ANSWERERS)
-def test_every_column_writes_what_greedy_decoding_in_one_row_writes(answerer, monkeypatch):
-    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 10)
-    hyper = attentive_hyper(answerer)
+@pytest.mark.parametrize("downstream", DOWNSTREAM)
+def test_every_column_writes_what_greedy_decoding_in_one_row_writes(downstream, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_NEW_TOKENS", 7)
+    hyper = attentive_hyper(downstream)
     run, others, free = run_of(hyper), episodes_of(2, 1, queries=1), []
-    for episode in episodes_of(1, 3, queries=1):
-        free.append(replace(episode, queries=[replace(query, options=()) for query in episode.queries]))
-    read, before = columns_by_hand(hyper, free[0], others[0])["main"]
-    cut = greedy(read, before + question(free[0].queries[0]), PLAIN.end)[4:6]  # ends the first answer early
+    for episode in episodes_of(1, 2, queries=2):
+        free.append(replace(episode, queries=[replace(query, choices=()) for query in episode.queries]))
+    by_column = [columns_by_hand(hyper, episode, others[0]) for episode in free]
+    read, before = by_column[0]["main"]
+    (text,) = greedy(read, [before + question(free[0].queries[0])], PLAIN.end)
+    cut = text[4:6]  # ends the first answer early
     for end, names in ((PLAIN.end, columns_of(run)), (cut, ["main"])):
         episodes = [replace(episode, layout=replace(PLAIN, end=end)) for episode in free]
         for name in names:
             expected = []
-            for episode in episodes:
-                read, before = columns_by_hand(hyper, episode, others[0])[name]
-                expected += [greedy(read, before + question(query), end) for query in episode.queries]
-            assert evaluation.respond(run, columns_of(run)[name], episodes, others) == expected, name
+            for episode, table in zip(episodes, by_column):
+                read, before = table[name]
+                expected += greedy(read, [before + question(query) for query in episode.queries], end)
+            assert predict(run, columns_of(run)[name], episodes, others) == expected, name
 
 
 def combined_by_hand(hyper, sets: list[list[Example]], way: str):
@@ -429,7 +658,8 @@ def combined_by_hand(hyper, sets: list[list[Example]], way: str):
     pasts, ends = [], [G * (n + 1) if way == "concat" else G for n in range(len(rows))]
     for row, end in zip(rows, ends):
         start = torch.tensor([end - len(row)])
-        pasts.append(hyper.model(hyper.embed(torch.tensor([row])), offset=start, adapter=hyper.reader)[1])
+        x = hyper.embed(torch.tensor([row]))
+        pasts.append(hyper.model(x, offset=start, adapter=hyper.hyper_adapter)[1])
     merge = (lambda xs: sum(xs) / len(xs)) if way == "average" else (lambda xs: torch.cat(xs, dim=2))
     past = []
     for layer in zip(*pasts):
@@ -438,17 +668,47 @@ def combined_by_hand(hyper, sets: list[list[Example]], way: str):
 
 
 @pytest.mark.parametrize("way", ["average", "concat", "chain"])
-@pytest.mark.parametrize("answerer", ANSWERERS)
-def test_several_sets_of_examples_answer_like_sets_combined_by_hand(answerer, way):
-    hyper, rng = attentive_hyper(answerer), random.Random(3)
-    run, episode = run_of(hyper, **{way: 3}), Episode(examples_of(rng, 24), examples_of(rng, 7))
+@pytest.mark.parametrize("downstream", DOWNSTREAM)
+def test_several_sets_of_examples_answer_like_sets_combined_by_hand(downstream, way, scored):
+    hyper, rng = attentive_hyper(downstream), random.Random(3)
+    run, episode = run_of(hyper, **{way: 3}), Episode(examples_of(rng, 4), examples_of(rng, 7))
     read = combined_by_hand(hyper, [episode.shots[n::3] for n in range(3)], way)
-    answers = evaluation.respond(run, evaluation.MAIN["hyper"], [episode], [])
-    for query, answer in zip(episode.queries, answers, strict=True):
-        assert_best(read, [BOS], query, answer)
+    answers = predict(run, evaluation.MAIN["hyper"], [episode], [])
+    assert_best(answers, choices_by_hand(read, [BOS], episode.queries), scored)
 
 
-# ----------------------------------------------------------------------------------------------- NF4
+def test_a_score_that_is_known_is_that_of_the_same_tokens_and_the_same_weights():
+    """Columns, draws of examples and steps of training, each scored alone and all together."""
+    hyper = copy.deepcopy(attentive_hyper("downstream"))
+    run, table, rng = run_of(hyper), columns_of(run_of(hyper)), random.Random(5)
+    queries = [examples_of(rng, 6) for _ in range(2)]
+    draws = [[[Episode(queries[t], examples_of(rng, 3))] for t in range(2)] for _ in range(2)]
+    held_out = evaluation.HeldOut([Prompt(name, name, None) for name in "ab"], draws, Counter(), [])
+    for step in range(2):
+        scores = evaluation.score_all(run, held_out, table, draws=2)
+        for name, column in table.items():
+            for t in range(2):
+                alone = [fmean(evaluation.score(run, column, draw[t], draw[1 - t], t)) for draw in draws]
+                assert scores[name][t] == alone, (name, step)
+        run.step += 1
+        generator = torch.Generator().manual_seed(0)
+        for parameter in training.trainable(hyper).values():
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
+
+
+# ------------------------------------------------------------------------------------------- the base
+
+
+def test_a_checksum_tells_every_tensor(tmp_path):
+    model = random_llama()
+    known = {load(write_hf(tmp_path, model)).checksum}
+    for parameter in model.parameters():
+        parameter.mul_(1.5)
+        checksum = load(write_hf(tmp_path, model)).checksum
+        parameter.div_(1.5)
+        assert checksum not in known
+        known.add(checksum)
+
 
 NF4 = torch.tensor([  # QLoRA, appendix E
     -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,
@@ -463,7 +723,7 @@ def test_a_quantized_matrix_is_levels_times_the_scale_of_their_block():
     scales = 2.0 ** torch.randint(0, 5, (64, 2, 1), generator=generator)
     weight = (torch.randn(64, 2, 64, generator=generator) * scales).view(64, 128)
     linear, x = NF4Linear(128, 64), torch.randn(5, 128, generator=generator)
-    linear.place(weight, "cpu", torch.float32)
+    linear.load_weight(weight, "cpu", torch.float32)
 
     blocks = weight.view(-1, 64)
     highest = blocks.abs().amax(1, keepdim=True)
@@ -479,9 +739,9 @@ def test_a_quantized_matrix_is_levels_times_the_scale_of_their_block():
 
 @pytest.mark.parametrize("task", ["p3", "sni", "symbol"])
 def test_no_held_out_task_of_the_miniature_is_trained_on(tokenizer, task):
-    args = args_of(task)
+    args = usual(task)
     formatter = Formatter(tokenizer, args.context, args.query_length)
-    train, test = ({t.name for t in TASKS[task].load(args, formatter, split)} for split in ("train", "test"))
+    train, test = ({t.name for t in find(task).load(args, formatter, split)} for split in ("train", "test"))
     assert train and test and not train & test
 
 

@@ -1,26 +1,27 @@
-"""Damaged files. Each is changed in some hundred ways: it loads to what was written, or ends with one line."""
+"""Damaged files. Each is changed in hundreds of ways: it loads to what was written, or ends with one line."""
 
-import argparse
 import gzip
 import json
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, G, random_hyper, random_llama, write_hf, write_meta
+from conftest import ROOT, random_hyper, random_llama, write_hf, write_meta
 
 import train as training
-from data import Formatter, collate
-from gist import load_gists, save_gists, trainable
-from llama import InputError, Tokenizer, load, read_config
+from data import Formatter, Sample, collate
+from gist import Rows, with_gists
+from llama import InputError, Llama, Tokenizer, load, read_config
 from lora import assign, load_tensors, save_tensors
-from tasks import portable, read_args, settle
+from run import Run, portable, read_args, resolve_args, trainable
+from tasks.hyperpretrain import TextBatches
 from tasks.p3 import Split
 from tasks.rows import TFRecords, row_group
 from tasks.sni import read_sni_task
 from tasks.symbol import symbol_tasks
-from tasks.text import TextBatches
 from tiny.make import write_jsonl, write_tfrecord
+from tools.answer import load_gists, save_gists
 
 TIMES = 300
 
@@ -49,14 +50,15 @@ def damaged(content: bytes, seed: int) -> bytes:
     return content[:a] + rng.randbytes(b - a) + content[b:]
 
 
-def fuzz(path, read, same=None, times=TIMES):
-    """`read` the file at path in `times` damaged forms: only InputError of one line may come out of it.
+def fuzz(path: Path, read: Callable, same: Callable | None = None) -> int:
+    """`read` the file at path in TIMES damaged forms: only InputError of one line may come out of it.
 
     same(result): whether it is what was written; None where the format can't tell.
     Returns how many were refused.
     """
-    whole, refused = path.read_bytes(), 0
-    for seed in range(times):
+    whole = path.read_bytes()
+    refused = 0
+    for seed in range(TIMES):
         changed = damaged(whole, seed)
         path.write_bytes(changed)
         try:
@@ -65,7 +67,8 @@ def fuzz(path, read, same=None, times=TIMES):
             refused += 1
             assert "\n" not in str(problem) and str(problem), seed
         else:
-            assert changed == whole or same is None or same(result), f"seed {seed}: wrong values were loaded silently"
+            right = changed == whole or same is None or same(result)
+            assert right, f"seed {seed}: wrong values were loaded silently"
     path.write_bytes(whole)
     read()
     return refused
@@ -104,7 +107,9 @@ def test_a_damaged_parquet_is_one_line(tmp_path):
 
     path = tmp_path / "train-00000-of-00001.parquet"
     fields = ("inputs_pretokenized", "targets_pretokenized", "answer_choices")
-    write_table(pyarrow.Table.from_pylist([dict(zip(fields, row)) for row in ROWS]), path, write_page_checksum=True)
+    write_table(
+        pyarrow.Table.from_pylist([dict(zip(fields, row)) for row in ROWS]), path, write_page_checksum=True
+    )
 
     def read():
         row_group.cache_clear()  # it holds what the file was before
@@ -128,24 +133,95 @@ def test_a_damaged_symbol_set_is_one_line(tmp_path):
     assert fuzz(path, lambda: symbol_tasks(tmp_path, "train", ["word"])) > TIMES // 4
 
 
+# --------------------------------------------------------------------------------------------- text
+
+TOKENIZER = Tokenizer(ROOT / "tiny" / "llama")
+
+
+def text_batches(folder: Path) -> TextBatches:
+    return TextBatches(folder, Formatter(TOKENIZER, 60, 40), [5000, 5001])
+
+
+def document(word: str, count: int) -> str:
+    return json.dumps({"text": f"{word} " * count})
+
+
+def words_of(batches: TextBatches, test: bool) -> set[str]:
+    """The words in many windows of training or evaluation text."""
+    batch = batches(0, range(12), test=test)
+    tokens = [token for token in batch.targets.tolist() if token != TOKENIZER.eos]
+    return set(TOKENIZER.decode(tokens).split())
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_damaged_text_is_one_line_and_never_hangs(tmp_path, name):
-    lines = "".join(json.dumps({"text": f"The dog number {i} sleeps in the barn."}) + "\n" for i in range(60)).encode()
-    path, tokenizer = tmp_path / name, Tokenizer(ROOT / "tiny" / "llama")
-    path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    lines = [json.dumps({"text": f"The dog number {i} sleeps in the barn."}) + "\n" for i in range(60)]
+    content = "".join(lines).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
 
     def read():
-        batches = TextBatches(tmp_path, Formatter(tokenizer, 60, 40), [5000, 5001])
+        batches = text_batches(tmp_path)
         return [batches(seed, range(2)) for seed in range(2)]
 
     assert fuzz(path, read) > TIMES // 10
+
+
+def write_text(path: Path, documents: list[str], before: str, between: str, after: str) -> None:
+    path.write_text(before + between.join(documents) + after, newline="")
+
+
+@pytest.mark.parametrize("training", [1, 5])
+@pytest.mark.parametrize("before", ["", " \n\n"], ids=repr)
+@pytest.mark.parametrize("between", ["\n", "\r\n", "\n\n \n"], ids=repr)
+@pytest.mark.parametrize("after", ["", "\n", "\n \n\n"], ids=repr)
+def test_a_last_document_longer_than_a_twentieth_of_its_file_is_evaluation_text(
+    tmp_path, training, before, between, after
+):
+    documents = [document("dog", 30)] * training + [document("cat", 20000)]  # more than 64 KiB
+    write_text(tmp_path / "a.jsonl", documents, before, between, after)
+    batches = text_batches(tmp_path)
+    assert words_of(batches, test=False) == {"dog"} and words_of(batches, test=True) == {"cat"}
+
+
+@pytest.mark.parametrize("before", ["", "\n \n"], ids=repr)
+@pytest.mark.parametrize("after", ["", "\n", "\n \n\n"], ids=repr)
+def test_a_single_document_trains_and_a_note_is_printed(tmp_path, capsys, before, after):
+    write_text(tmp_path / "one.jsonl", [document("cat", 50)], before, "", after)
+    with pytest.raises(InputError, match="too few documents to keep some for evaluation"):
+        text_batches(tmp_path)
+    capsys.readouterr()
+    write_text(tmp_path / "two.jsonl", [document("dog", 50), document("owl", 50)], "", "\n", "")
+    batches = text_batches(tmp_path)
+    note = f"{tmp_path / 'one.jsonl'}: a single document, so none of it is kept for evaluation\n"
+    assert capsys.readouterr().err == note
+    assert words_of(batches, test=False) == {"cat", "dog"} and words_of(batches, test=True) == {"owl"}
+
+
+@pytest.mark.parametrize("before, between, after", [
+    ("\n" * 30_000, "\n", ""), ("", "\n" * 30_000, ""), ("", "\n", "\n" * 30_000),
+], ids=["before", "between", "after"])  # fmt: skip
+def test_blank_lines_are_no_documents_however_many_there_are(tmp_path, before, between, after):
+    write_text(tmp_path / "a.jsonl", [document("dog", 30), document("cat", 30)], before, between, after)
+    batches = text_batches(tmp_path)
+    assert words_of(batches, test=False) == {"dog"} and words_of(batches, test=True) == {"cat"}
+
+
+@pytest.mark.parametrize("content", ["", "\n", " \n\r\n"])
+def test_a_file_without_text_is_refused(tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(InputError, match="a.jsonl: is empty"):
+        text_batches(tmp_path)
+
+
+# ------------------------------------------------------------------------- models and what is trained
 
 
 def test_damaged_weights_are_one_line_or_keep_their_shapes(tmp_path):
     folder = write_hf(tmp_path / "hf", random_llama())
     shapes = {name: p.shape for name, p in random_llama().named_parameters()}
 
-    def same(model):  # the format has no checksum: names, shapes and types are what can be told
+    def same(model: Llama):  # the format has no checksum: names, shapes and types are what can be told
         return {name: p.shape for name, p in model.named_parameters()} == shapes
 
     assert fuzz(folder / "model.safetensors", lambda: load(folder), same) > TIMES // 4
@@ -176,53 +252,57 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path):
 
 
 def test_damaged_adapters_are_one_line(tmp_path):
-    hyper = random_hyper()
-    parameters = {name: p for name, p in hyper.named_parameters() if p.requires_grad}
+    parameters = trainable(random_hyper())
     path = tmp_path / "adapters.safetensors"
     save_tensors(path, parameters, {"method": "hyper"})
 
     def read():
-        tensors = load_tensors(path)[0]
-        assign(parameters, tensors, path)
+        assign(parameters, load_tensors(path)[0], path)
 
     assert fuzz(path, read) > TIMES // 4
 
 
 def test_a_damaged_prefix_is_one_line_or_keeps_its_shapes(tmp_path):
-    hyper, path = random_hyper(), tmp_path / "g.safetensors"
-    gists = hyper.compress(torch.tensor([[1, 5, 6, *range(50, 50 + G)]]))
-    save_gists(path, gists, {"model": "m", "run": "r"})
+    hyper = random_hyper()
+    path = tmp_path / "g.safetensors"
+    about = {"model": "m", "run": "r"}
+    gists = hyper.compress(Rows.of([with_gists([1, 5, 6], hyper.gist_ids)]))
+    save_gists(path, gists, about)
 
     def same(loaded):
-        return [k.shape for k, _ in loaded.past] == [k.shape for k, _ in gists.past] and loaded.offset.shape == (1,)
+        shapes = [[k.shape for k, _ in prefix.past] for prefix in (loaded, gists)]
+        return shapes[0] == shapes[1] and loaded.offset.shape == (1,)
 
-    assert fuzz(path, lambda: load_gists(path, {"model": "m", "run": "r"}, hyper.model), same) > TIMES // 4
+    assert fuzz(path, lambda: load_gists(path, about, hyper.model), same) > TIMES // 4
 
 
-def test_damaged_arguments_are_one_line_or_values_that_the_command_line_takes(tmp_path):
+def test_damaged_arguments_are_one_line_or_values_of_their_types(tmp_path):
     args = training.parse(["--task", "p3", "--shots", "4"])[0]
     path = tmp_path / "args.json"
     path.write_text(json.dumps(portable(args)))
-    assert fuzz(path, lambda: settle({}, read_args(tmp_path) | {"model": args.model, "data": args.data})) > TIMES // 3
+    folders = {"model": args.model, "data": args.data}
+    assert fuzz(path, lambda: resolve_args({}, read_args(tmp_path) | folders)) > TIMES // 3
 
 
 @pytest.mark.parametrize("change", [
-    {"gists": -1}, {"gists": 1.5}, {"gists": "16"}, {"gists": True}, {"seed": [1]}, {"lr": "fast"}, {"lr": -1.0}, {"method": "magic"},
-    {"gists": None}, {"lr": None}, {"task": None}, {"downstream": False}, {"rank": False}, {"shots": None}, {"quantize": None}, {"task": "nothing"}, {"task": 3}, {"downstream": {}}, {"quantize": 1}, {"unheard": 1}, {"steps": 10**12}, {"alpha": float("inf")},
+    {"gists": 1.5}, {"gists": "16"}, {"gists": True}, {"gists": None}, {"seed": [1]}, {"lr": "fast"},
+    {"downstream": False}, {"downstream": {}}, {"rank": False}, {"quantize": None}, {"quantize": 1},
+    {"task": None}, {"task": "nothing"}, {"task": 3}, {"unheard": 1}, {"model": 3}, {"controls": "yes"},
 ], ids=str)  # fmt: skip
-def test_arguments_edited_by_hand_are_held_to_the_rules_of_the_command_line(tmp_path, change):
+def test_arguments_edited_by_hand_keep_their_names_and_types(tmp_path, change):
     args = training.parse(["--task", "p3"])[0]
     (tmp_path / "args.json").write_text(json.dumps(portable(args) | change))
     with pytest.raises(InputError, match="args.json: ") as refused:
-        settle({}, read_args(tmp_path))
+        read_args(tmp_path)
     assert "\n" not in str(refused.value)
 
 
 def test_a_damaged_state_is_one_line_or_has_its_shapes(tmp_path):
-    args = argparse.Namespace(seed=0, steps=2, accumulate=1, batch_size=1, lr=1e-3, gist_lr=1e-3, save_every=1, optimizer="adamw", distill=0.0, weight_by_context=False)
-    batch = collate([[1, 5, 6, 50, 51, 52]], [0], [[1, 7]], [[8, 9, 2]])
     hyper = random_hyper()
-    training.train(hyper, lambda seed, numbers: batch, args, tmp_path, False, rank=0, world=1)
+    batch = collate([Sample([with_gists([1, 5, 6], hyper.gist_ids)], [([1, 7], [8, 9, 2])])])
+    options = {"task": "p3", "steps": 2, "batch_size": 1, "lr": 1e-3, "gist_lr": 1e-3, "save_every": 1}
+    args = resolve_args(options | {"measure": 0})
+    training.train(Run(args, hyper, Formatter(TOKENIZER, 100, 40)), lambda seed, numbers: batch, tmp_path)
     optimizers = training.make_optimizers(hyper, args)
 
     def read():
@@ -233,8 +313,8 @@ def test_a_damaged_state_is_one_line_or_has_its_shapes(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"num_hidden_layers": 10**9}, {"hidden_size": 10**8}, {"vocab_size": 10**12}, {"rms_norm_eps": 1e400}, {"num_attention_heads": 0},
-    {"intermediate_size": "40"}, {"rope_theta": "1e4"}, {"head_dim": 10**9},
+    {"num_hidden_layers": 10**9}, {"hidden_size": 10**8}, {"vocab_size": 10**12}, {"head_dim": 10**9},
+    {"num_attention_heads": 0}, {"rms_norm_eps": 1e400}, {"intermediate_size": "40"}, {"rope_theta": "1e4"},
 ], ids=str)  # fmt: skip
 def test_a_config_that_its_files_cannot_hold_is_refused_at_once(tmp_path, change):
     folder = write_hf(tmp_path, random_llama(), **change)

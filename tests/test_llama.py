@@ -1,13 +1,26 @@
 """The language model: reading with a past, offsets, generation, loading."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, config, hf_tensors, random_hyper, random_llama, write_hf, write_meta
 from safetensors.torch import save_file
 
-from llama import InputError, Llama, Tokenizer, generate, holes_mask, load, ragged, read_config
+from llama import (
+    InputError,
+    Llama,
+    Tokenizer,
+    causal_mask_after,
+    generate,
+    int_tensor,
+    load,
+    ragged,
+    read_config,
+)
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -16,41 +29,41 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 50, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def positions(*offsets: int) -> torch.Tensor:
-    return torch.tensor(offsets)
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_reading_in_pieces_equals_reading_at_once(kv_heads):
-    model, x = random_llama(kv_heads), tokens(2, 12)
-    whole, kv = model(x)
+    model = random_llama(kv_heads)
+    x = tokens(2, 12)
+    logits, present = model(x)
     first, past = model(x[:, :5])
-    second, past = model(x[:, 5:], past=past, offset=positions(5, 5))
-    torch.testing.assert_close(torch.cat((first, second), 1), whole, **TOLERANCE)
-    torch.testing.assert_close(past, kv, **TOLERANCE)
+    second, past = model(x[:, 5:], past=past, offset=int_tensor([5, 5]))
+    torch.testing.assert_close(torch.cat((first, second), 1), logits, **TOLERANCE)
+    torch.testing.assert_close(past, present, **TOLERANCE)
 
 
 def test_shifting_every_position_changes_nothing():
-    model, x = random_llama(), tokens(2, 12)
-    shifted, _ = model(x, offset=positions(7, 100))
+    model = random_llama()
+    x = tokens(2, 12)
+    shifted, _ = model(x, offset=int_tensor([7, 100]))
     torch.testing.assert_close(shifted, model(x)[0], **TOLERANCE)
 
 
 def test_each_row_has_an_offset_of_its_own():
     """Rows with different offsets: each like alone, and a wrong offset shows."""
-    model, x = random_llama(), tokens(2, 9)
-    _, past = model(x[:, :4], offset=positions(0, 20))
-    both, _ = model(x[:, 4:], past=past, offset=positions(4, 24))
+    model = random_llama()
+    x = tokens(2, 9)
+    _, past = model(x[:, :4], offset=int_tensor([0, 20]))
+    both, _ = model(x[:, 4:], past=past, offset=int_tensor([4, 24]))
     for row, offset in enumerate((4, 24)):
-        alone, _ = model(x[row : row + 1, 4:], past=[(k[row : row + 1], v[row : row + 1]) for k, v in past],
-                         offset=positions(offset))  # fmt: skip
+        own = [(k[row : row + 1], v[row : row + 1]) for k, v in past]
+        alone, _ = model(x[row : row + 1, 4:], past=own, offset=int_tensor([offset]))
         torch.testing.assert_close(both[row : row + 1], alone, **TOLERANCE)
-    wrong, _ = model(x[:, 4:], past=past, offset=positions(4, 4))
+    wrong, _ = model(x[:, 4:], past=past, offset=int_tensor([4, 4]))
     assert (wrong[1] - both[1]).abs().max() > 1e-2
 
 
 def test_a_past_without_offset_is_refused():
-    model, x = random_llama(), tokens(1, 6)
+    model = random_llama()
+    x = tokens(1, 6)
     _, past = model(x)
     with pytest.raises(ValueError, match="offset"):
         model(x, past=past)
@@ -68,7 +81,8 @@ def test_padding_never_reaches_real_tokens():
 
 
 def test_selected_positions_have_the_logits_of_the_full_pass():
-    model, x = random_llama(), tokens(3, 7)
+    model = random_llama()
+    x = tokens(3, 7)
     select = torch.tensor([0, 6, 9, 20])
     full = model(x)[0].flatten(0, 1)[select]
     torch.testing.assert_close(model(x, select=select)[0], full, **TOLERANCE)
@@ -76,30 +90,32 @@ def test_selected_positions_have_the_logits_of_the_full_pass():
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("offset", [None, (5, 9)])
-@pytest.mark.parametrize("adapter", [None, "hyper", "somewhere"])
-@pytest.mark.parametrize("before", ["nothing", "a past", "a past with holes"])
-def test_keys_and_values_at_chosen_positions_are_those_of_the_full_pass(layers, offset, adapter, before):
-    model, x, at = random_hyper("hyper").model, tokens(2, 7), torch.tensor([[0, 3, 6], [2, 3, 4]])
+@pytest.mark.parametrize("adapter", [None, "hyper"])
+@pytest.mark.parametrize("before", ["nothing", "a past", "a past of which a part is real"])
+def test_keys_and_values_at_kept_positions_are_those_of_the_full_pass(layers, offset, adapter, before):
+    model = random_hyper("hyper").model
     model.layers = model.layers[:layers]
-    how = {"offset": None if offset is None else positions(*offset), "adapter": adapter}
-    if adapter == "somewhere":
-        how["adapter"] = {"hyper": torch.rand(2, 7, 1, generator=torch.Generator().manual_seed(0))}
+    x = tokens(2, 7)
+    kept = torch.tensor([[0, 3, 6], [2, 3, 4]])
+    how = {"offset": None if offset is None else int_tensor(offset), "adapter": adapter}
     if before != "nothing":
-        how |= {"past": model(tokens(2, 3))[1], "offset": positions(*(offset or (3, 3)))}
-    if before == "a past with holes":
-        how["mask"] = holes_mask(torch.tensor([[True, False, True], [False, True, True]]), 7)
-    kept, (_, everywhere) = model.keys_values(x, at, **how), model(x, **how)
-    for (key, value), (all_keys, all_values) in zip(kept, everywhere, strict=True):
-        for row in range(2):
-            torch.testing.assert_close(key[row], all_keys[row, :, at[row] - 7], **TOLERANCE)
-            torch.testing.assert_close(value[row], all_values[row, :, at[row] - 7], **TOLERANCE)
+        how |= {"past": model(tokens(2, 3))[1], "offset": int_tensor(offset or (3, 3))}
+    if before == "a past of which a part is real":
+        how["mask"] = causal_mask_after(torch.tensor([[True, False, True], [False, True, True]]), 7)
+    some = model.keys_values(x, kept, **how)
+    _, everywhere = model(x, **how)
+    for layer, all_of_layer in zip(some, everywhere, strict=True):
+        for y, all_y in zip(layer, all_of_layer, strict=True):  # keys, then values
+            for row in range(2):
+                torch.testing.assert_close(y[row], all_y[row, :, kept[row] - 7], **TOLERANCE)
 
 
-def test_selected_positions_keep_their_gates():
-    model, x, select = random_hyper("all").model, tokens(2, 6), torch.tensor([1, 5, 8])
-    adapter = {"hyper": torch.rand(2, 6, 1)}
-    full = model(x, adapter=adapter)[0].flatten(0, 1)[select]
-    torch.testing.assert_close(model(x, adapter=adapter, select=select)[0], full, **TOLERANCE)
+def test_tokens_see_the_real_part_of_a_past_and_what_came_before_them():
+    mask = causal_mask_after(torch.tensor([[True, False], [True, True]]), 3)
+    assert mask.int().tolist() == [
+        [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]],
+        [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
+    ]
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -130,8 +146,20 @@ def test_generation_goes_on_from_past_and_offset():
     before = tokens(1, 6, seed=9)[0].tolist()
     prompts = [tokens(1, n, seed=n)[0].tolist() for n in (4, 2)]
     _, past = model(torch.tensor([before, before]))
-    rows = generate(model, prompts, 12, eos=-1, past=past, offset=positions(6, 6))
+    rows = generate(model, prompts, 12, eos=-1, past=past, offset=int_tensor([6, 6]))
     assert rows == [greedy_by_recomputing(model, before + prompt, 12, eos=-1) for prompt in prompts]
+
+
+def test_generation_sees_the_real_part_of_a_past_alone():
+    model = random_llama(seed=3)
+    before = [tokens(1, n, seed=n)[0].tolist() for n in (6, 3)]
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (4, 2)]
+    padded = ragged(before, fill=7)
+    lengths = int_tensor([6, 3])
+    mask = causal_mask_after(torch.arange(6) < lengths[:, None], 4)
+    rows = generate(model, prompts, 12, eos=-1, past=model(padded)[1], offset=lengths, mask=mask)
+    expected = [greedy_by_recomputing(model, b + prompt, 12, eos=-1) for b, prompt in zip(before, prompts)]
+    assert rows == expected
 
 
 def test_a_generated_row_stops_at_its_end():
@@ -155,7 +183,8 @@ def test_generating_no_tokens_gives_empty_rows():
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_meta_and_hugging_face_folders_load_the_same_model(tmp_path, shards, kv_heads):
-    model, x = random_llama(kv_heads), tokens(2, 9)
+    model = random_llama(kv_heads)
+    x = tokens(2, 9)
     from_hf = load(write_hf(tmp_path / "hf", model))
     from_meta = load(write_meta(tmp_path / "meta", model, shards))
     assert from_meta.config.hidden == from_hf.config.hidden == 40
@@ -163,16 +192,23 @@ def test_meta_and_hugging_face_folders_load_the_same_model(tmp_path, shards, kv_
     torch.testing.assert_close(from_meta(x)[0], model(x)[0], atol=0, rtol=0)
 
 
-def test_a_sharded_hugging_face_folder_loads_whole(tmp_path):
-    model, x = random_llama(), tokens(1, 5)
-    folder = write_hf(tmp_path, model)
+def split_files(folder: Path, model: Llama, count: int) -> dict:
+    """Divide the weights of a Hugging Face folder among several files. Returns their index."""
     (folder / "model.safetensors").unlink()
-    named = hf_tensors(model)
-    shards = {f"model-{i}.safetensors": dict(list(named.items())[i::3]) for i in range(3)}
-    for name, part in shards.items():
+    tensors = list(hf_tensors(model).items())
+    files = {f"model-{i}.safetensors": dict(tensors[i::count]) for i in range(count)}
+    for name, part in files.items():
         save_file(part, folder / name)
-    index = {"weight_map": {key: name for name, part in shards.items() for key in part}}
+    index = {"weight_map": {key: name for name, part in files.items() for key in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_a_sharded_hugging_face_folder_loads_whole(tmp_path):
+    model = random_llama()
+    x = tokens(1, 5)
+    folder = write_hf(tmp_path, model)
+    index = split_files(folder, model, 3)
     torch.testing.assert_close(load(folder)(x)[0], model(x)[0], atol=0, rtol=0)
     index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -180,12 +216,70 @@ def test_a_sharded_hugging_face_folder_loads_whole(tmp_path):
         load(folder)
 
 
+@pytest.fixture
+def deep_llama() -> Llama:
+    """Eleven layers, so that names in alphabetical order aren't in the order of layers: 0, 1, 10, 2, …"""
+    generator = torch.Generator().manual_seed(0)
+    model = Llama(replace(config(), layers=11)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(generator=generator)
+    return model
+
+
+def test_equal_weights_have_one_checksum_in_every_format_and_division_into_files(tmp_path, deep_llama):
+    shutil.copy(ROOT / "tiny" / "llama" / "tokenizer.model", tmp_path)  # beside all folders
+    folders = [write_hf(tmp_path / "hf", deep_llama), write_hf(tmp_path / "hf-3", deep_llama)]
+    split_files(folders[1], deep_llama, 3)
+    folders += [write_meta(tmp_path / f"meta-{shards}", deep_llama, shards) for shards in (1, 2)]
+    folders.append(write_hf(tmp_path / "bf16", deep_llama))
+    half = {name: tensor.bfloat16() for name, tensor in hf_tensors(deep_llama).items()}
+    save_file(half, folders[-1] / "model.safetensors")
+    checksums = {load(folder).checksum for folder in folders}
+    checksums.add(load(folders[0], dtype=torch.bfloat16).checksum)  # nor does it matter what they are held in
+    assert len(checksums) == 1 and checksums != {""}
+
+
+def test_other_weights_in_any_layer_another_tokenizer_or_rotation_have_another_checksum(tmp_path, deep_llama):
+    folder = write_hf(tmp_path / "hf", deep_llama)
+    good = hf_tensors(deep_llama)
+    of_layers = [[name for name in good if f"layers.{i}." in name] for i in range(11)]
+    changed = [names[i % 9] for i, names in enumerate(of_layers)]  # another of the nine kinds in each
+    changed += [name for name in good if "layers" not in name]
+    changes = [{name: 2 * good[name]} for name in changed]
+    swapped = ["model.norm.weight", "model.layers.3.input_layernorm.weight"]
+    changes.append(dict(zip(swapped, (good[name] for name in reversed(swapped)))))
+    assert len(changes) == 11 + 3 + 1
+    checksums = [load(folder).checksum]
+    for change in changes:
+        save_file(good | change, folder / "model.safetensors")
+        checksums.append(load(folder).checksum)
+    other_heads = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+    }  # matrices of equal shapes
+    for change in ({"rope_theta": 5000.0}, {"rms_norm_eps": 1e-6}, other_heads):
+        checksums.append(load(write_hf(folder, deep_llama, **change)).checksum)
+    write_hf(folder, deep_llama)
+    tokenizer = (ROOT / "tiny" / "llama" / "tokenizer.model").read_bytes()
+    for words in (tokenizer, tokenizer.replace("▁kilo".encode(), "▁liko".encode())):
+        (folder / "tokenizer.model").write_bytes(words)
+        checksums.append(load(folder).checksum)
+    assert len(set(checksums)) == len(checksums)
+
+
 @pytest.mark.parametrize("change, message", [
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling"),
-    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings"), ({"model_type": "mistral"}, "model_type"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"num_key_value_heads": 3}, "don't fit 3 KV heads"),
-    ({"hidden_size": "32"}, "a field has a wrong value.*'str'"), ({"num_hidden_layers": 0}, "layers = 0 is not a positive number"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+    ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ({"model_type": "mistral"}, "model_type"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"num_key_value_heads": 3}, "don't fit 3 KV heads"),
+    ({"hidden_size": "32"}, "a field has a wrong value.*'str'"),
+    ({"num_hidden_layers": 0}, "layers = 0 is not a positive number"),
 ])  # fmt: skip
 def test_a_config_that_is_not_implemented_is_refused(tmp_path, change, message):
     with pytest.raises(InputError, match=f"config.json: .*{message}"):
@@ -199,7 +293,7 @@ def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path):
     for damage, message in (
         (lambda t: t.pop("lm_head.weight"), "missing"),
         (lambda t: t.update({"model.extra": torch.zeros(1)}), "unexpected"),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)}), "shape"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(2, 2)}), r"float32 \[2, 2\]"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(50, 32, dtype=torch.int8)}), "int8"),
     ):
         bad = dict(good)
@@ -240,8 +334,8 @@ def test_a_meta_folder_has_the_positions_of_llama_2(tmp_path):
 @pytest.mark.parametrize("size, parameters", [
     ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256}, 6_738_415_616),
     ({"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256}, 13_015_864_320),
-    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3},
-     68_976_648_192),
+    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096}
+     | {"ffn_dim_multiplier": 1.3}, 68_976_648_192),
 ], ids=["7B", "13B", "70B"])  # fmt: skip
 def test_llama_2_has_its_published_number_of_parameters(tmp_path, size, parameters):
     (tmp_path / "params.json").write_text(json.dumps(size | {"norm_eps": 1e-5, "vocab_size": 32000}))
@@ -282,7 +376,8 @@ def test_the_tiny_checkpoint_opens_in_transformers(name):
 def test_no_token_depends_on_what_follows_it():
     tokenizer = Tokenizer(ROOT / "tiny" / "llama")
     text = "\nInput:\nThe red fox waits. \nOutput:\nkilo\nInput:\n zebra é\nOutput:\n"
-    pieces = ["\nInput:\n", "The red fox waits. ", "\nOutput:\n", "kilo", "\nInput:\n", " zebra é", "\nOutput:\n"]
+    pieces = ["\nInput:\n", "The red fox waits. ", "\nOutput:\n", "kilo", "\nInput:\n", " zebra é"]
+    pieces.append("\nOutput:\n")
     assert sum((tokenizer.encode(piece) for piece in pieces), []) == tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

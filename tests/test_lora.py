@@ -1,4 +1,4 @@
-"""LoRA sets, NF4, files of tensors."""
+"""LoRA sets, updates that are emitted, NF4, files of tensors."""
 
 import pytest
 import torch
@@ -6,17 +6,20 @@ import torch.nn.functional as F
 from conftest import random_hyper, random_llama, write_hf
 from safetensors.torch import save_file
 
-from data import collate
-from eval import score_options
-from gist import HyperLlama
-from llama import InputError, generate, load
-from lora import Heads, NF4Linear, add_lora, assign, linears, load_tensors, save_tensors
+from data import Sample, collate
+from eval import score_choices
+from further.adapters import Heads, add_heads, emit
+from gist import Compression, HyperLlama, Rows, with_gists
+from llama import InputError, Llama, generate, load
+from lora import NF4Linear, add_lora, assign, linears, load_tensors, save_tensors
+from run import trainable
 
 X = torch.tensor([[1, 5, 9, 20, 30, 4]])
 
 
-def with_sets(*names: str):
-    model, generator = random_llama(), torch.Generator().manual_seed(1)
+def with_sets(*names: str) -> Llama:
+    generator = torch.Generator().manual_seed(1)
+    model = random_llama()
     for name in names:
         add_lora(model, name, rank=4, alpha=8, generator=generator)
     for name, p in model.named_parameters():
@@ -38,17 +41,17 @@ def test_a_new_set_changes_nothing_before_training():
 def test_lora_equals_the_merged_matrix():
     model = with_sets("a")
     through_set = model(X, adapter="a")[0]
-    for module in model.modules():
-        if hasattr(module, "lora"):
-            lora = module.lora["a"]
-            module.weight.data += 8 / 4 * lora.B.data @ lora.A.data
+    for linear in linears(model).values():
+        lora = linear.lora["a"]
+        linear.weight.data += 8 / 4 * lora.B.data @ lora.A.data
     torch.testing.assert_close(through_set, model(X)[0], atol=1e-4, rtol=1e-4)
 
 
 def test_sets_do_not_act_on_each_other():
     model = with_sets("a", "b")
     gate = torch.ones(1, X.shape[1], 1)
-    torch.testing.assert_close(model(X, adapter={"b": gate, "a": 0 * gate})[0], model(X, adapter="b")[0])
+    gated = model(X, adapter={"b": gate, "a": 0 * gate})[0]
+    torch.testing.assert_close(gated, model(X, adapter="b")[0])
     assert (model(X, adapter="a")[0] - model(X, adapter="b")[0]).abs().max() > 1e-2
 
 
@@ -57,87 +60,124 @@ def test_an_unknown_set_is_refused():
         with_sets("a")(X, adapter="hyper")
 
 
-@pytest.mark.parametrize("answerer", [None, "downstream", "hyper"])
-def test_every_trainable_tensor_gets_a_gradient(answerer):
+@pytest.mark.parametrize("downstream", [None, "downstream", "hyper"])
+def test_every_trainable_tensor_gets_a_gradient(downstream):
     """Within two steps: in the first, A has none because B is zero."""
-    hyper = random_hyper(answerer)
+    hyper = random_hyper(downstream)
     for name, p in hyper.named_parameters():
         if name.endswith(".B"):
             p.data.zero_()
-    trainable = {name: p for name, p in hyper.named_parameters() if p.requires_grad}
-    optimizer, moved = torch.optim.SGD(trainable.values(), 0.1), set()
+    row = X[0].tolist()
+    batch = collate([Sample([with_gists([1, 7, 8, 9], hyper.gist_ids)], [(row[:1], row[1:])])])
+    parameters = trainable(hyper)
+    optimizer = torch.optim.SGD(parameters.values(), 0.1)
+    moved = set()
     for _ in range(2):
-        gists = hyper.compress(torch.tensor([[1, 7, 8, 9, 50, 51, 52]]))
-        logits, _ = hyper.model(X, past=gists.past, offset=gists.offset, adapter=hyper.answerer)
-        F.cross_entropy(logits[0], X[0]).backward()
-        moved |= {name for name, p in trainable.items() if p.grad is not None and p.grad.abs().max() > 0}
+        logits, _ = hyper(batch)
+        F.cross_entropy(logits, batch.targets).backward()
+        moved |= {name for name, p in parameters.items() if p.grad is not None and p.grad.abs().max() > 0}
         optimizer.step()
         optimizer.zero_grad()
-    assert moved == trainable.keys()
+    assert moved == parameters.keys()
 
 
-# ---------------------------------------------------------------------------------------------- NF4
+# -------------------------------------------------------------------- updates that are emitted (HyperT5)
 
 
 def emitting() -> HyperLlama:
     """A hypernetwork whose four gists become updates that do something."""
-    generator, hyper = torch.Generator().manual_seed(3), random_hyper()
-    hyper.gists = torch.nn.Parameter(torch.randn(4, 32, generator=generator))
-    hyper.heads = Heads(hyper.model, generator)
+    generator = torch.Generator().manual_seed(3)
+    compression = Compression(prefix=emit, build=add_heads)
+    hyper = HyperLlama(random_hyper().model, torch.randn(4, 32, generator=generator), compression=compression)
+    compression.build(hyper, generator)
     for p in (hyper.heads.q, hyper.heads.v):
         p.data.normal_(0, 0.3, generator=generator)
     return hyper
 
 
-EXAMPLES = torch.tensor([[1, 5, 6, 7, 50, 51, 52, 53], [1, 9, 50, 51, 52, 53, 0, 0]])
+CONTEXTS = [with_gists([1, 5, 6, 7], [50, 51, 52, 53]), with_gists([1, 9], [50, 51, 52, 53])]
+EXAMPLES = Rows.of(CONTEXTS)
+PROMPTS = [[1, 7], [1, 8, 9], [1, 4]]
+TARGETS = [[8, 3], [5, 2], [6, 2]]
+QUERIES = list(zip(PROMPTS, TARGETS))
+BATCH = collate([Sample(CONTEXTS[:1], QUERIES[:1]), Sample(CONTEXTS[1:], QUERIES[1:])])
 
 
 def test_emitted_updates_are_those_of_merged_matrices_row_by_row():
     hyper = emitting()
-    gists = hyper.compress(EXAMPLES)
-    together = hyper.model(X.expand(2, -1), **gists.before(X.shape[1]))[0]
-    assert gists.offset.tolist() == [0, 0] and gists.past[0][0].shape[2] == 0
+    emitted = emit(hyper, [EXAMPLES])
+    together = hyper.model(X.expand(2, -1), **emitted.as_past(X.shape[1]))[0]
+    assert emitted.offset.tolist() == [0, 0] and emitted.as_past(1)["past"] is None
+    assert {(A.shape[1], B.shape[2]) for A, B in emitted.updates.values()} == {(2, 2)}, "of rank G / 2"
+    updated = {path for path in linears(hyper.model) if path.endswith(("q_proj", "v_proj"))}
+    assert emitted.updates.keys() == updated
     for row in range(2):
         merged = random_hyper().model
-        for path, linear in linears(merged).items():
-            if path in gists.updates:
-                A, B = gists.updates[path]
-                linear.weight.data += B[row] @ A[row]
+        for path, (A, B) in emitted.updates.items():
+            linears(merged)[path].weight.data += B[row] @ A[row]
         torch.testing.assert_close(together[row], merged(X)[0][0], atol=1e-4, rtol=1e-4)
-        chosen = gists[torch.tensor([row])]
-        torch.testing.assert_close(hyper.model(X, **chosen.before(X.shape[1]))[0][0], together[row], atol=1e-5, rtol=1e-5)
+        chosen = emitted[torch.tensor([row])]
+        alone = hyper.model(X, **chosen.as_past(X.shape[1]))[0][0]
+        torch.testing.assert_close(alone, together[row], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
 def test_emitted_updates_answer_alike_in_training_ranking_and_writing():
     hyper = emitting()
-    batch = collate(EXAMPLES.tolist(), [0, 1, 1], [[1, 7], [1, 8, 9], [1, 4]], [[8, 3], [5, 2], [6, 2]])
-    gists, rows = hyper.compress(EXAMPLES), batch.row
-    expected = [F.cross_entropy(part, target, reduction="sum").item() for part, target in zip(hyper(batch).split(2), batch.targets.split(2))]
-    scores = score_options(hyper.model, [[1, 7], [1, 8, 9], [1, 4]], [[[8, 3]], [[5, 2]], [[6, 2]]], gists[rows])
-    torch.testing.assert_close([-score for (score,) in scores], expected, atol=1e-4, rtol=1e-4)
-    written = generate(hyper.model, [[1, 7]], 3, -1, past=gists[rows[:1]].past, offset=gists.offset[:1], adapter=gists[rows[:1]].acting(None))[0]
-    again = [1, 7]
+    logits, emitted = hyper(BATCH)
+    losses = F.cross_entropy(logits, BATCH.targets, reduction="none").view(3, 2).sum(1)
+    prefix = emitted[BATCH.row]
+    scores = score_choices(hyper.model, PROMPTS, [[target] for target in TARGETS], prefix)
+    torch.testing.assert_close(-torch.tensor(scores)[:, 0], losses, atol=1e-4, rtol=1e-4)
+    (written,) = generate(hyper.model, PROMPTS[:1], 3, -1, **prefix[torch.tensor([0])].as_past(2))
+    assert len(written) == 3
+    row = list(PROMPTS[0])
     for token in written:
-        assert hyper.model(torch.tensor([again]), **gists[rows[:1]].before(len(again)))[0][0, -1].argmax() == token
-        again.append(token)
+        before = prefix[torch.tensor([0])].as_past(len(row))
+        assert hyper.model(torch.tensor([row]), **before)[0][0, -1].argmax() == token
+        row.append(token)
 
 
 def test_heads_emit_nothing_before_training_and_learn_with_the_rest():
     hyper = emitting()
-    hyper.heads = Heads(hyper.model, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(hyper.model(X.expand(2, -1), **hyper.compress(EXAMPLES).before(6))[0][0], hyper.model(X.expand(2, -1))[0][0], atol=0, rtol=0)
+    add_heads(hyper, torch.Generator().manual_seed(1))
+    logits = hyper.model(X.expand(2, -1), **emit(hyper, [EXAMPLES]).as_past(X.shape[1]))[0]
+    torch.testing.assert_close(logits, hyper.model(X.expand(2, -1))[0], atol=0, rtol=0)
     hyper = emitting()
-    hyper(collate(EXAMPLES.tolist(), [0, 1], [[1, 7], [1, 8]], [[8, 3], [5, 2]])).sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (hyper.gists, *hyper.heads.parameters()))
+    hyper(BATCH)[0].sum().backward()
+    parameters = (hyper.gists, *hyper.heads.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("gists", [4, 64])
+def test_heads_of_trained_size_move_logits_by_a_few_units_whatever_the_scale_of_keys(scale, gists):
+    """And however many gists: trained keys are far larger than values, and of another size in each layer."""
+    generator = torch.Generator().manual_seed(0)
+    model = random_llama()
+    heads = Heads(model, generator)
+    for p in (heads.q, heads.v):
+        p.data.normal_(0, 0.01, generator=generator)
+    shape = (1, model.config.kv_heads, gists, model.config.head_size)
+    past = []
+    for layer in range(model.config.layers):
+        k, v = torch.randn(2, *shape, generator=generator)
+        past.append((scale * (layer + 1) * k, v))
+    adapter = {"emitted": heads(past)}
+    moved = (model(X, adapter=adapter)[0] - model(X)[0]).abs().max()
+    assert 1e-3 < moved < 3
+
+
+# ---------------------------------------------------------------------------------------------- NF4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_equals_dequantize_and_matmul(dtype):
     functional = pytest.importorskip("bitsandbytes.functional")
     generator = torch.Generator().manual_seed(0)
-    linear, weight = NF4Linear(128, 64), torch.randn(64, 128, generator=generator)
-    linear.place(weight, "cpu", dtype)
+    weight = torch.randn(64, 128, generator=generator)
+    linear = NF4Linear(128, 64)
+    linear.load_weight(weight, "cpu", dtype)
     assert linear.weight.numel() == weight.numel() // 2, "two numbers to a byte"
     assert linear.state.nested, "double quantization"
     plain = functional.dequantize_4bit(linear.weight, linear.state).to(dtype)
@@ -160,14 +200,16 @@ def test_nf4_equals_dequantize_and_matmul(dtype):
 def test_quantized_loading_quantizes_the_matrices_of_layers_alone(tmp_path):
     dequantize_4bit = pytest.importorskip("bitsandbytes.functional").dequantize_4bit
     folder = write_hf(tmp_path, random_llama())
-    model, plain = load(folder, linear=NF4Linear), load(folder)
+    model = load(folder, linear=NF4Linear)
+    plain = load(folder)
+    assert model.checksum == plain.checksum, "adapters belong to a base, whatever it is held in"
     for name, p in model.named_parameters():
         in_layer = name.startswith("layers.") and "norm" not in name
         assert p.dtype == (torch.uint8 if in_layer else torch.float32), name
         assert not p.requires_grad
     for path, linear in linears(model).items():
-        whole = dequantize_4bit(linear.weight, linear.state)
-        plain.get_submodule(path).place(whole, "cpu", torch.float32)
+        weight = dequantize_4bit(linear.weight, linear.state)
+        plain.get_submodule(path).load_weight(weight, "cpu", torch.float32)
     torch.testing.assert_close(model(X)[0], plain(X)[0], atol=1e-4, rtol=1e-4)
 
 
@@ -188,15 +230,16 @@ def test_nf4_can_be_trained_through(tmp_path):
 def test_saving_and_loading_lose_nothing(tmp_path):
     tensors = {"a": torch.randn(3, 4).t(), "b": torch.arange(5)}
     save_tensors(tmp_path / "x.safetensors", tensors, {"step": "7"})
-    loaded, about = load_tensors(tmp_path / "x.safetensors")
-    assert about == {"step": "7"} and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    loaded, metadata = load_tensors(tmp_path / "x.safetensors")
+    assert metadata == {"step": "7"} and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"a": torch.ones(2)}, {})
-    monkeypatch.setattr("lora.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    full_disk = OSError(28, "No space left on device")
+    monkeypatch.setattr("lora.os.replace", lambda *_: (_ for _ in ()).throw(full_disk))
     with pytest.raises(InputError, match="No space left"):
         save_tensors(path, {"a": torch.zeros(2)}, {})
     assert torch.equal(load_tensors(path)[0]["a"], torch.ones(2))
@@ -205,9 +248,16 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_adapters_of_another_model_are_refused(tmp_path):
     path = tmp_path / "adapters.safetensors"
-    parameters = {name: p for name, p in random_hyper().named_parameters() if p.requires_grad}
+    parameters = trainable(random_hyper())
     save_file({name: p.detach().clone() for name, p in parameters.items()}, path)
     assign(parameters, load_tensors(path)[0], path)
-    for damage, message in (({"gists": torch.zeros(3, 8)}, "made for another"), ({"more": torch.zeros(1)}, "more")):
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for damage, message in (
+        ({"gists": torch.zeros(3, 8)}, "made for another"),
+        ({"more": torch.zeros(1)}, "more"),
+        ({"gists": torch.zeros(3, 32, dtype=torch.int64)}, "int64"),
+        ({"gists": torch.full((3, 32), torch.nan)}, "NaN"),
+    ):
         with pytest.raises(InputError, match=message):
             assign(parameters, load_tensors(path)[0] | damage, path)
+        assert all(torch.equal(p, before[name]) for name, p in parameters.items()), "nothing is half assigned"

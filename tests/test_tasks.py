@@ -5,19 +5,23 @@ import json
 import random
 import struct
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, needs_real_data, random_llama
+from conftest import FEW_TASKS, REAL_DATA, ROOT, needs_real_data, random_llama
 
-from data import Example, Formatter, collate
+import run
+import tasks
+from data import Example, Formatter, Sample, collate
+from further.lm import whole_text
 from llama import InputError
+from tasks.hyperpretrain import TextBatches
 from tasks.p3 import Prompt, Split, p3_tasks
-from tasks.prefix import SoftPrefix
+from tasks.prefix import PrefixBatches, SoftPrefix
 from tasks.rows import JsonLines, TFRecords, masked_crc32c
 from tasks.sni import sni_tasks
 from tasks.symbol import draw_symbols, in_test_pool, symbol_tasks, whole_words
-from tasks.text import TextBatches
 from tiny import make, world
 from tiny.make import write_jsonl, write_tfrecord
 
@@ -73,10 +77,11 @@ def test_parquet_without_pyarrow_is_refused(tmp_path, monkeypatch):
 
 
 @needs_real_data
-@pytest.mark.parametrize("name", ["super_glue_copa_C1_or_C2_premise_so_because_", "super_glue_wsc.fixed_GPT_3_Style"])
+@pytest.mark.parametrize("name", ["copa_C1_or_C2_premise_so_because_", "wsc.fixed_GPT_3_Style"])
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_real_tfrecords_hold_the_examples_of_their_jsonl(name, split):
-    assert all_of(REAL_DATA / "P3-tfrecord" / name, split) == all_of(REAL_DATA / "P3" / name, split)
+    tfrecord, jsonl = (REAL_DATA / folder / f"super_glue_{name}" for folder in ("P3-tfrecord", "P3"))
+    assert all_of(tfrecord, split) == all_of(jsonl, split)
 
 
 @pytest.mark.parametrize("reader, write", [(JsonLines, write_jsonl), (TFRecords, write_tfrecord)])
@@ -117,13 +122,16 @@ def test_a_damaged_tfrecord_is_refused(tmp_path):
             all_of(tmp_path)
 
 
+PAIR = '"inputs_pretokenized": "a", "targets_pretokenized": "b"'
+
+
 @pytest.mark.parametrize("line, message", [
     ("{broken", "train.jsonl: line 2: not JSON"),
     ("[1]", "train.jsonl: line 2: .*not an object with fields"),
     ('{"inputs_pretokenized": "a"}', "row 2 of train: targets_pretokenized is missing"),
     ('{"inputs_pretokenized": 3, "targets_pretokenized": "b"}', "inputs_pretokenized is missing or not text"),
-    ('{"inputs_pretokenized": "a", "targets_pretokenized": "b", "answer_choices": "b"}', "not a list"),
-    ('{"inputs_pretokenized": "a", "targets_pretokenized": "b", "answer_choices": [1]}', "answer_choices is missing"),
+    (f'{{{PAIR}, "answer_choices": "b"}}', "not a list"),
+    (f'{{{PAIR}, "answer_choices": [1]}}', "answer_choices is missing"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, message):
     write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
@@ -165,13 +173,59 @@ def test_a_file_of_lists_that_is_not_text_is_refused(tmp_path):
         p3_tasks(folder, "train")
 
 
+# ------------------------------------------------------------------------------- files found by name
+
+
+def test_every_file_of_the_folder_is_a_task_with_all_that_a_task_has():
+    found = run.plugins("tasks")
+    assert found.keys() >= {"p3", "sni", "symbol", "hyperpretrain", "prefix"}
+    assert not found.keys() & tasks.NOT_TASKS
+    defaults = {name for name in vars(tasks.find("defaults")) if not name.startswith("__")}
+    for task in map(tasks.find, found):
+        assert vars(task).keys() >= defaults | {"FOLDER", "MODEL", "METRIC", "DEFAULTS", "load"}
+        assert task.DEFAULTS.keys() == {"tiny", "large"}
+
+
+def test_a_file_put_into_the_folder_is_a_task_and_says_only_what_differs(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text('METRIC = "accuracy"\nWITHOUT = ("rank",)\n')
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    toy, defaults = tasks.find("toy"), tasks.find("defaults")
+    assert (toy.METRIC, toy.WITHOUT, toy.build, toy.evaluate) == ("accuracy", ("rank",), defaults.build, None)
+    assert defaults.WITHOUT != toy.WITHOUT and not hasattr(defaults, "METRIC"), "defaults stay as they are"
+
+
+def test_the_file_to_copy_reads_tables_of_text_and_label(tmp_path):
+    text = "text,label\n" + "".join(f"the {n},{'odd' if n % 2 else 'even'}\n" for n in range(40))
+    for name in ("train-a", "test-b"):
+        (tmp_path / f"{name}.csv").write_text(text)
+    args = SimpleNamespace(data=tmp_path)
+    for split, name in (("train", "train-a"), ("test", "test-b")):
+        (table,) = tasks.find("sample").load(args, None, split)
+        assert table.name == name and table.rows[3] == Example("the 3", "odd", ("even", "odd"))
+    for episode in (table.draw(random.Random(0), 4, 2), *table.evaluation(0, 0, 4, 5)):
+        assert len(episode.shots) == 4 and 0 < len(episode.queries) <= 5
+        assert not {e.input for e in episode.shots} & {e.input for e in episode.queries}
+    for content, message in (
+        ("text,kind\na,b\n", "'label' is missing|label is missing"),
+        ("text,label\na,b\nc,b\n", "two labels or more"),
+        ("text,label\na,b\nc\n", "not a CSV file"),
+        ("text,label\na,b\nc,\n", "one in each row"),
+    ):
+        (tmp_path / "train-a.csv").write_text(content)
+        with pytest.raises(InputError, match=message):
+            tasks.find("sample").load(args, None, "train")
+    with pytest.raises(InputError, match="no CSV files to train on"):
+        tasks.find("sample").load(SimpleNamespace(data=ROOT / "tests"), None, "train")
+
+
 # ----------------------------------------------------------------------------------------------- P3
 
 
 @needs_real_data
 def test_the_real_p3_folder_has_the_held_out_tasks_of_the_paper():
     tasks = p3_tasks(REAL_DATA / "P3", "test")
-    assert [task.group for task in tasks] == ["hellaswag", "super_glue_copa", "super_glue_wsc.fixed", "winogrande"]
+    groups = ["hellaswag", "super_glue_copa", "super_glue_wsc.fixed", "winogrande"]
+    assert [task.group for task in tasks] == groups
     for task in tasks:
         assert len(task.train) >= 100 and task.validation.scorable(len(task.validation) - 1)
     with pytest.raises(InputError, match="no training tasks"):
@@ -179,8 +233,8 @@ def test_the_real_p3_folder_has_the_held_out_tasks_of_the_paper():
 
 
 @pytest.mark.parametrize("row, message", [
-    (("a", "b", []), "two or more"), (("a", "b", ["b", "b"]), "two or more"), (("a", "b", ["", "b"]), "two or more"),
-    (("a", "b", ["c", "d"]), "not among"),
+    (("a", "b", []), "two or more"), (("a", "b", ["b", "b"]), "two or more"),
+    (("a", "b", ["", "b"]), "two or more"), (("a", "b", ["c", "d"]), "not among"),
 ])  # fmt: skip
 def test_a_row_that_cannot_be_scored_is_refused(tmp_path, row, message):
     write_jsonl(tmp_path / "validation.jsonl", [row])
@@ -220,26 +274,28 @@ def test_a_held_out_task_is_never_trained_on(tmp_path):
         p3_tasks(tmp_path, "train")
 
 
-def test_a_prompt_without_options_is_left_out_of_the_evaluation(tmp_path, capsys):
-    for name, options in (("hellaswag_open", []), ("hellaswag_choice", ["yes", "no"])):
+def test_a_prompt_without_choices_is_left_out_of_the_evaluation(tmp_path, capsys):
+    for name, choices in (("hellaswag_open", []), ("hellaswag_choice", ["yes", "no"])):
         (tmp_path / name).mkdir()
         for split in ("train", "validation"):
-            write_jsonl(tmp_path / name / f"{split}.jsonl", [("a?", "yes", options)])
+            write_jsonl(tmp_path / name / f"{split}.jsonl", [("a?", "yes", choices)])
     assert [task.name for task in p3_tasks(tmp_path, "test")] == ["hellaswag_choice"]
     assert "hellaswag_open: left out" in capsys.readouterr().err
-    write_jsonl(tmp_path / "hellaswag_open" / "validation.jsonl", [])  # empty: said in one line when it is read
+    write_jsonl(tmp_path / "hellaswag_open" / "validation.jsonl", [])  # empty: refused when it is read
     assert len(p3_tasks(tmp_path, "test")) == 2
+
+
+GOOD_ROW = {"inputs_pretokenized": "x", "targets_pretokenized": "y"}
 
 
 @pytest.mark.parametrize("row, message", [
     ({"inputs_pretokenized": "x"}, "row 18 of train: targets_pretokenized is missing"),
-    ({"inputs_pretokenized": "x", "targets_pretokenized": "y", "answer_choices": "yes"}, "row 18 of train: answer_choices is not a list"),
+    (GOOD_ROW | {"answer_choices": "yes"}, "row 18 of train: answer_choices is not a list"),
     (None, "line 18: .*not an object with fields"),
 ])  # fmt: skip
 def test_a_bad_training_row_is_refused_at_the_start(tmp_path, row, message):
-    rows = [{"inputs_pretokenized": f"x{i}", "targets_pretokenized": "y"} for i in range(30)]
     (tmp_path / "P3" / "task").mkdir(parents=True)
-    lines = [json.dumps(line) for line in (*rows[:17], row, *rows[17:])]
+    lines = [json.dumps(line) for line in (*[GOOD_ROW] * 17, row, *[GOOD_ROW] * 13)]
     (tmp_path / "P3" / "task" / "train.jsonl").write_text("\n".join(lines))
     with pytest.raises(InputError, match=message):
         p3_tasks(tmp_path / "P3", "train")
@@ -257,7 +313,7 @@ def test_no_shot_is_one_of_the_questions(tmp_path):
     ((shots, asked),) = [(e.shots, e.queries) for e in task.evaluation(0, 0, 16, None)]
     assert len(asked) == 12
     assert len(shots) == 16 and {shot.input for shot in shots} == {f"question {i}" for i in range(12, 20)}
-    with pytest.raises(InputError, match="only 16 training rows are not also questions; 17 --shots asked"):
+    with pytest.raises(InputError, match="only 16 training rows aren't questions; 17 --shots asked"):
         task.evaluation(0, 0, 17, None)
 
 
@@ -278,8 +334,14 @@ def write_sni(folder, tasks, test=("held",)):
 NEW = {
     "Categories": ["Counting"],
     "Definition": ["Count the words"],
-    "Positive Examples": [{"input": "a b", "output": "2", "explanation": ""}, {"input": "c!", "output": "1", "explanation": ""}],
-    "Instances": [{"id": "1", "input": "x y z", "output": ["3", "three"]}, {"id": "2", "input": "x?", "output": ["1"]}],
+    "Positive Examples": [
+        {"input": "a b", "output": "2", "explanation": ""},
+        {"input": "c!", "output": "1", "explanation": ""},
+    ],
+    "Instances": [
+        {"id": "1", "input": "x y z", "output": ["3", "three"]},
+        {"id": "2", "input": "x?", "output": ["1"]},
+    ],
 }
 
 OLD = {
@@ -312,8 +374,10 @@ def test_missing_task_files_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"Definition": None}, "Definition"), ({"Instances": []}, "no instances"), ({"Instances": 3}, "not a task file .*'int'"),
-    ({"Positive Examples": [{"input": "a"}]}, "'output' is missing"), ({"Instances": [{"input": "a", "output": []}]}, "instance 1"),
+    ({"Definition": None}, "Definition"), ({"Instances": []}, "no instances"),
+    ({"Instances": 3}, "not a task file .*'int'"),
+    ({"Instances": [{"input": "a", "output": []}]}, "instance 1"),
+    ({"Positive Examples": [{"input": "a"}]}, "'output' is missing"),
     ({"Instances": [{"input": "a", "output": [5]}]}, "instance 1"),
 ])  # fmt: skip
 def test_a_bad_sni_file_is_refused(tmp_path, change, message):
@@ -344,9 +408,10 @@ def test_the_prompt_of_sni_is_that_of_tk_instruct(tokenizer):
     task = sni_tasks(ROOT / "tiny" / "natural-instructions", "train")[0]
     episode = task.draw(random.Random(0), 2, 1)
     formatter, query = Formatter(tokenizer, 400, 100), episode.queries[0]
-    row, lead, _ = formatter.context_row(episode)
-    query_row = formatter.query(episode, query, 90, bos=False).tokens
-    text = tokenizer.decode(row[1:] + query_row + formatter.target(episode, query.target))
+    row = formatter.context_tokens(episode)
+    start, shots = formatter.context_parts(episode)
+    prompt = formatter.query(episode, query, 90, bos=False)
+    text = tokenizer.decode(row[1:] + prompt + formatter.target(episode, query.target))
     (a, b), x = task.examples, query.input
     expected = (
         f"Definition: {task.definition}\n\n Positive Example 1 -\nInput: {a.input}\n Output: {a.target}\n\n"
@@ -354,10 +419,10 @@ def test_the_prompt_of_sni_is_that_of_tk_instruct(tokenizer):
         f"Now complete the following example -\nInput: {x}\nOutput: {query.target}"
     )
     assert text == expected
-    assert tokenizer.decode(row[1:lead]) == f"Definition: {task.definition}\n\n"
+    assert row == sum(shots, start) and len(shots) == 2
+    assert tokenizer.decode(start[1:]) == f"Definition: {task.definition}\n\n"
     for instruct in ("inside", "before"):
-        with_definition = formatter.query(episode, query, 90, instruct).tokens
-        assert with_definition == [tokenizer.bos] + row[1:lead] + query_row
+        assert formatter.query(episode, query, 90, instruct) == [*start, *prompt]
 
 
 # ------------------------------------------------------------------------------------ symbol tuning
@@ -371,7 +436,8 @@ def test_symbols_differ_and_come_from_their_pool(test):
     for seed in range(500):
         symbols = draw_symbols(random.Random(seed), 2 + seed % 2, WORDS * 4 + [w[::-1] for w in WORDS], test)
         assert all(in_test_pool(symbol) == test for symbol in symbols)
-        assert not any(a != b and a.startswith(b) for a in symbols for b in symbols) and len(set(symbols)) == len(symbols)
+        assert len(set(symbols)) == len(symbols)
+        assert not any(a != b and a.startswith(b) for a in symbols for b in symbols)
         kinds |= {"digit" if s.isdigit() else "word" if s in WORDS else "letters" for s in symbols}
         assert not test or not any(symbol.isdigit() and len(symbol) > 4 for symbol in symbols)
     assert kinds == {"digit", "word", "letters"}
@@ -391,19 +457,22 @@ def test_labels_of_a_symbol_prompt_are_consistent(split):
                 assert len(episodes) == 5 and all(len(e.shots) == 4 * len(task.classes) for e in episodes)
             for episode in episodes:
                 named = {(label_of[e.input], e.target) for e in episode.shots + episode.queries}
-                assert len(named) == len(task.classes) == len({symbol for _, symbol in named}), "one symbol for each class"
-                assert {symbol for _, symbol in named} == set(episode.queries[0].options)
+                symbols = {symbol for _, symbol in named}
+                assert len(named) == len(task.classes) == len(symbols), "one symbol for each class"
+                assert symbols == set(episode.queries[0].choices)
                 assert not {e.input for e in episode.shots} & {e.input for e in episode.queries}
-                assert all(in_test_pool(symbol) == (split == "test") for _, symbol in named)
+                assert all(in_test_pool(symbol) == (split == "test") for symbol in symbols)
                 layouts.add(episode.layout)
     assert len(layouts) == 10
 
 
 def test_symbol_sets_are_divided_as_in_the_paper(tmp_path):
-    for name in ("tweet_eval-hate", "SUBJ", "sst2", "raft-overruling"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"t{i}", "label": i % 2}) + "\n" for i in range(8)))
+    held_out = {"tweet_eval-hate", "SUBJ", "raft-overruling"}
+    rows = [json.dumps({"text": f"t{i}", "label": i % 2}) for i in range(8)]
+    for name in ("sst2", *held_out):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     assert [task.name for task in symbol_tasks(tmp_path, "train", WORDS)] == ["sst2"]
-    assert {task.name for task in symbol_tasks(tmp_path, "test", WORDS)} == {"tweet_eval-hate", "SUBJ", "raft-overruling"}
+    assert {task.name for task in symbol_tasks(tmp_path, "test", WORDS)} == held_out
     (tmp_path / "sst2.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b"}\n')
     with pytest.raises(InputError, match="sst2.jsonl: line 2: label"):
         symbol_tasks(tmp_path, "train", WORDS)
@@ -428,36 +497,51 @@ def test_segments_of_text_are_one_stretch_in_order(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text((json.dumps({"text": tokenizer.decode(words)}) + "\n") * 40)
     batches = text_batches(tokenizer, tmp_path)
     batch = batches(0, range(6))
+    (rows,) = batch.context
     A = D = (30 - 2 - 1) // 2
     B = C = (21 - 1) // 2
     for n in range(6):
-        row = batch.examples[n].tolist()
+        row = rows.tokens[n].tolist()
         bc = batch.targets.view(6, -1)[n].tolist()
         assert row[0] == tokenizer.bos and row[-2:] == [2000, 2001] and len(row) == 1 + A + D + 2
         window = row[1 : 1 + A] + bc + row[1 + A : 1 + A + D]
         assert len(bc) == B + C and batch.tokens[n].tolist() == [tokenizer.bos] + bc[:-1]
         first = words.index(window[0])
         assert window == words[first : first + len(window)], "A B C D is one stretch of text"
-    assert batches(0, range(6)).targets.equal(batch.targets) and not batches(0, range(6, 12)).targets.equal(batch.targets)
+        assert rows.kept[n].tolist() == [len(row) - 2, len(row) - 1], "the gists make the prefix"
+        assert rows.positions[n].tolist() == list(range(2 - len(row), 2)), "and stand at 0 and 1"
+    assert batches(0, range(6)).targets.equal(batch.targets)
+    assert not batches(0, range(6, 12)).targets.equal(batch.targets)
 
 
 def test_evaluation_text_is_never_trained_on(tokenizer, tmp_path):
     lines = [json.dumps({"text": f"{i} " * 60}) for i in range(200)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     batches = text_batches(tokenizer, tmp_path)
-    seen = {test: {tokenizer.decode(t.tolist()).strip() for t in batches(0, range(100), test=test).targets.view(100, -1)} for test in (False, True)}
-    numbers = {test: {n for text in texts for n in text.split()[1:-1]} for test, texts in seen.items()}
+    numbers = {}
+    for test in (False, True):
+        targets = batches(0, range(100), test=test).targets.view(100, -1).tolist()
+        numbers[test] = {n for row in targets for n in tokenizer.decode(row).strip().split()[1:-1]}
     assert len(numbers[True]) > 3 and not numbers[True] & numbers[False]
 
 
 def test_files_are_read_in_order_where_that_is_asked_and_every_row_depends_on_its_number(tokenizer, tmp_path):
     for name, word in (("1.jsonl", "fox"), ("2.jsonl", "owl")):
         (tmp_path / name).write_text((json.dumps({"text": f"{word} " * 80}) + "\n") * 30)
-    batches = TextBatches(tmp_path, Formatter(tokenizer, 30, 21), [2000, 2001], lm=0.5, in_order=40)
-    word_of = ["owl" in tokenizer.decode(batches(0, [n]).targets.tolist()) for n in range(40)]
-    assert word_of == [False] * 20 + [True] * 20
-    batch = batches(0, range(2))
-    assert (part := batch.more[0]).examples is None and part.row is None and len(part.targets) == 2 * (30 - 2 - 2 + 20), "A B C D as ordinary text"
+    batches = TextBatches(tmp_path, Formatter(tokenizer, 30, 21), [2000, 2001], in_order=40)
+    is_owl = ["owl" in tokenizer.decode(batches(0, [n]).targets.tolist()) for n in range(40)]
+    assert is_owl == [False] * 20 + [True] * 20
+
+
+def test_language_modelling_beside_compression_reads_the_same_window_as_ordinary_text(tokenizer, tmp_path):
+    texts = [json.dumps({"text": f"{n} fox, {n} owls. " * 40}) for n in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    batches = text_batches(tokenizer, tmp_path)
+    windows = [batches.window(random.Random(f"0 {number}"), False, number) for number in range(2)]
+    text = whole_text(batches(0, range(2)))
+    assert text.context is None and text.targets.view(2, -1).tolist() == windows, "A B C D"
+    assert text.tokens.tolist() == [[tokenizer.bos, *window[:-1]] for window in windows]
+    assert text.select.tolist() == list(range(2 * len(windows[0]))) and len(windows[0]) == 30 - 2 - 2 + 20
 
 
 def test_a_document_longer_than_a_twentieth_of_its_file_is_still_evaluation_text(tokenizer, tmp_path):
@@ -480,7 +564,7 @@ def test_packed_text_equals_plain_text(tokenizer, tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(content)
     plain, packed = (text_batches(tokenizer, tmp_path / name)(3, range(4)) for name in ("plain", "packed"))
-    assert plain.targets.equal(packed.targets) and plain.examples.equal(packed.examples)
+    assert plain.targets.equal(packed.targets) and plain.context[0].tokens.equal(packed.context[0].tokens)
     (tmp_path / "packed" / "a.jsonl.gz").write_bytes(gzip.compress(source)[:-5000])
     with pytest.raises(InputError, match="can't be unpacked"):
         text_batches(tokenizer, tmp_path / "packed")
@@ -489,35 +573,55 @@ def test_packed_text_equals_plain_text(tokenizer, tmp_path):
 def test_short_texts_are_joined_and_bad_lines_are_refused(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "dog"}\n' * 400)
     assert len(text_batches(tokenizer, tmp_path)(0, range(2)).targets) == 40
-    for content, message in (('{"text": ""}\n' * 400, None), ('{"txt": "a"}\n' * 40, "text is missing"), ("no\n" * 40, "line 1: not JSON"), ("", "is empty"), ('{"text": "dog"}', "too few documents")):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 400)
+    text_batches(tokenizer, tmp_path)(0, range(2))  # empty texts still have their ends
+    for content, message in (
+        ('{"txt": "a"}\n' * 40, "text is missing"),
+        ("no\n" * 40, "line 1: not JSON"),
+        ("", "is empty"),
+        ("\n \n\n" * 9, "is empty"),
+        ('\n\n{"text": "dog"}', "too few documents"),
+    ):
         (tmp_path / "a.jsonl").write_text(content)
-        if message:
-            with pytest.raises(InputError, match=message):
-                text_batches(tokenizer, tmp_path)(0, range(2))
-        else:  # empty texts still have their ends
+        with pytest.raises(InputError, match=message):
             text_batches(tokenizer, tmp_path)(0, range(2))
     with pytest.raises(InputError, match="no .jsonl"):
         text_batches(tokenizer, ROOT / "tests")
 
 
+def test_blank_lines_between_short_texts_are_no_texts(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n\n{"text": "dog"}\n\n\n' * 400)
+    assert len(text_batches(tokenizer, tmp_path)(0, range(2)).targets) == 40
+
+
 @needs_real_data
 def test_real_text_is_read(tokenizer):
     batch = text_batches(tokenizer, REAL_DATA / "text", 256, 129)(0, range(8))
-    assert batch.examples.shape[0] == 8 and len(batch.targets) == 8 * 128
+    assert len(batch.context[0].tokens) == 8 and len(batch.targets) == 8 * 128
 
 
 # ------------------------------------------------------------------------------------ prefix tuning
 
 
-def soft(kind, kv_heads=2, tasks=2):
-    return SoftPrefix(random_llama(kv_heads), tasks, 5, kind, torch.Generator().manual_seed(0))
+P = 5  # length of the prefixes
+
+
+def soft(kind, kv_heads=2, tasks=("a", "b")):
+    return SoftPrefix(random_llama(kv_heads), tasks, P, kind, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["flat", "reparam", "propagate"])
+def test_prefixes_stand_where_gists_do(kind):
+    prefix = soft(kind)
+    assert prefix.prefix().offset.tolist() == [P, P], "queries go on at P"
+    assert {x.shape for layer in prefix.past() for x in layer} == {(2, 2, P, 8)}  # tasks, KV heads, P, hd
 
 
 def test_a_folded_reparametrisation_equals_its_mlp():
     mlp, flat = soft("reparam"), soft("flat")
     for task in range(2):
         hidden = torch.tanh(mlp.table[task] @ mlp.first[task])
-        out = (hidden @ mlp.second[task]).view(5, 3, 2, 2, 8)  # slots, layers, key and value, KV heads, head size
+        out = (hidden @ mlp.second[task]).view(P, 3, 2, 2, 8)  # slots, layers, key and value, KV heads, hd
         for layer, (k, v) in enumerate(mlp.past()):
             torch.testing.assert_close(k[task], out[:, layer, 0].transpose(0, 1))
             torch.testing.assert_close(v[task], out[:, layer, 1].transpose(0, 1))
@@ -529,7 +633,7 @@ def test_a_folded_reparametrisation_equals_its_mlp():
 def test_propagation_with_a_table_of_zeros_is_plain_slots():
     prefix = soft("propagate")
     prefix.table.data.zero_()
-    _, plain = prefix.model(torch.zeros(2, 5, 32))
+    _, plain = prefix.model(torch.zeros(2, P, 32))
     for (k, v), (k2, v2) in zip(prefix.past(), plain, strict=True):
         assert torch.equal(k, k2) and torch.equal(v, v2)
 
@@ -539,29 +643,48 @@ def test_propagated_slots_equal_slots_in_the_row():
     prefix = soft("propagate")
     prefix.table.data.normal_(generator=torch.Generator().manual_seed(1))
     query = torch.tensor([[1, 7, 9], [1, 8, 20]])
-    after, _ = prefix.model(query, **prefix.prefix().before(3))
-    row = torch.cat((torch.zeros(2, 5, 32), prefix.model.embed_tokens(query)), dim=1)
-    by_argument, _ = prefix.model(row, added=torch.cat((prefix.table, torch.zeros(3, 2, 3, 32)), dim=2))
+    after, _ = prefix.model(query, **prefix.prefix().as_past(3))
+    row = torch.cat((torch.zeros(2, P, 32), prefix.model.embed_tokens(query)), dim=1)
     for layer, vectors in zip(prefix.model.layers, prefix.table):
         padded = torch.cat((vectors, torch.zeros(2, 3, 32)), dim=1)
         layer.register_forward_pre_hook(lambda _, inputs, padded=padded: (inputs[0] + padded, *inputs[1:]))
     by_hooks, _ = prefix.model(row)
-    torch.testing.assert_close(after, by_hooks[:, 5:], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(by_argument, by_hooks, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after, by_hooks[:, P:], atol=1e-5, rtol=1e-5)
 
 
 def test_propagation_needs_half_of_the_parameters():
-    count = {kind: sum(p.numel() for p in soft(kind, kv_heads=4).parameters() if p.requires_grad) for kind in ("flat", "propagate")}
-    assert 2 * count["propagate"] == count["flat"]
+    flat, propagate = (run.trainable(soft(kind, kv_heads=4)).values() for kind in ("flat", "propagate"))
+    assert 2 * sum(p.numel() for p in propagate) == sum(p.numel() for p in flat)
 
 
 @pytest.mark.parametrize("kind", ["flat", "reparam", "propagate"])
 def test_a_task_trains_its_own_prefix_alone(kind):
     prefix = soft(kind)
-    batch = collate(None, [1, 1], [[1, 5], [1, 6, 7]], [[8, 2], [9, 2]])
-    prefix(batch).sum().backward()
-    grad = prefix.table.grad if kind == "reparam" else prefix.table.grad.transpose(0, 2 if kind == "flat" else 1)
+    nothing = Sample(None, [])
+    batch = collate([nothing, Sample(None, [([1, 5], [8, 2])]), nothing, Sample(None, [([1, 6, 7], [9, 2])])])
+    assert batch.row.tolist() == [1, 3], "rows of task 1, of two"
+    prefix(batch)[0].sum().backward()
+    grad = prefix.table.grad.movedim({"flat": 2, "reparam": 0, "propagate": 1}[kind], 0)  # by task
     assert grad[1].abs().sum() > 0 and grad[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["flat", "reparam", "propagate"])
+def test_each_query_of_a_batch_follows_the_prefix_of_its_own_task(kind, tokenizer):
+    held_out = p3_tasks(FEW_TASKS, "test")
+    names = [task.name for task in held_out]
+    batch = PrefixBatches(held_out, Formatter(tokenizer, 60, 60))(0, range(2, 4))
+    assert batch.context is None and batch.row.tolist() == list(range(2 * len(names)))
+    for n, row in enumerate(batch.tokens.tolist()):
+        text = tokenizer.decode(row[1:])
+        assert any(example.input in text for example in held_out[n % len(names)].train), "of this task"
+    prefix = soft(kind, tasks=names)
+    batch.tokens %= prefix.model.config.vocab  # (the small model's)
+    logits, gists = prefix(batch)
+    T = batch.tokens.shape[1]
+    for n, row in enumerate(batch.tokens):
+        alone, _ = prefix.model(row[None], **gists[torch.tensor([n % len(names)])].as_past(T))
+        mine = batch.select // T == n
+        torch.testing.assert_close(logits[mine], alone[0][batch.select[mine] % T], atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------ the miniature
@@ -570,33 +693,38 @@ def test_a_task_trains_its_own_prefix_alone(kind):
 def test_no_label_of_the_miniature_is_in_training_and_held_out_tasks():
     labels = {}
     for split in ("train", "test"):
-        labels[split] = set()
-        for task in p3_tasks(ROOT / "tiny" / "P3", split):
-            labels[split] |= {option for i in range(20) for option in task.train[i].options}
+        tasks = p3_tasks(ROOT / "tiny" / "P3", split)
+        labels[split] = {choice for t in tasks for i in range(20) for choice in t.train[i].choices}
+        assert len(tasks) == 16 if split == "test" else len(tasks) >= 100
     assert len(labels["train"]) > 20 and len(labels["test"]) > 15
     assert not labels["train"] & labels["test"]
-    assert len(p3_tasks(ROOT / "tiny" / "P3", "train")) >= 100 and len(p3_tasks(ROOT / "tiny" / "P3", "test")) == 16
 
 
 def test_the_miniature_in_git_is_what_its_script_makes(tmp_path, tokenizer):
     make.write_data(tmp_path, seed=0)
-    made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    folders = [ROOT / "tiny" / path.name for path in tmp_path.iterdir()]
-    assert made == {p.relative_to(ROOT / "tiny"): p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file()}
+
+    def files(root, folders):
+        paths = [path for folder in folders for path in (root / folder).rglob("*") if path.is_file()]
+        return {path.relative_to(root): path.read_bytes() for path in paths}
+
+    folders = [path.name for path in tmp_path.iterdir()]
+    assert len(folders) >= 4 and files(tmp_path, folders) == files(ROOT / "tiny", folders)
 
 
 def test_no_text_of_the_miniature_is_laid_out_as_a_task_is():
-    text = "".join(gzip.decompress(path.read_bytes()).decode() for path in (ROOT / "tiny" / "text").glob("*.gz"))
+    packed = [path.read_bytes() for path in (ROOT / "tiny" / "text").glob("*.gz")]
+    text = b"".join(map(gzip.decompress, packed)).decode()
     assert len(text.splitlines()) == 12_000 and "The animal?" in text and "He: " in text
-    for sign in ("Input", "Output", "Definition", "Question", "Answer", "Student", "Symbol", "Label", "->", " = ", "Q:", "Name the", "Find the", " or "):
+    signs = "Input Output Definition Question Answer Student Symbol Label -> Q:".split()
+    for sign in [*signs, " = ", "Name the", "Find the", " or "]:
         assert sign not in text
 
 
 def test_the_miniature_never_trains_on_what_it_holds_out():
-    train, held_out = world.sni(random.Random(0))
-    known = {(task.pick, task.form) for task in train.values()}
-    assert not known & {(task.pick, task.form) for task in held_out.values()}
-    assert {task.form for task in held_out.values()} <= {form for _, form in known}
+    parts = world.sni(random.Random(0))
+    train, held_out = ([(task.pick, task.form) for task in part.values()] for part in parts)
+    assert not set(train) & set(held_out)
+    assert {form for _, form in held_out} <= {form for _, form in train}
     base = [world.random_instruction(random.Random(i), world.LABELS, held_out=False) for i in range(500)]
-    assert not {(task.pick, task.form) for task in base} & {(task.pick, task.form) for task in held_out.values()}
+    assert not {(task.pick, task.form) for task in base} & set(held_out)
     assert not set(world.TRAIN_TOPICS) & set(world.HELDOUT_TOPICS)

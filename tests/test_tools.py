@@ -1,71 +1,167 @@
 """What is done with a finished run: answering after own examples, the cost, tables and curves."""
 
+import contextlib
 import io
 import json
 import os
+import resource
+import shutil
 import threading
-import time
 
 import pytest
 import torch
 from conftest import ROOT, random_hyper, run, train
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Episode, Example
 from llama import InputError, Tokenizer, generate, load
 from lora import load_tensors, save_tensors
-from tasks import open_run, read_args, settle
-from tools import at_once
+from run import open_run, read_args, resolve_args
 from tools.cost import flops
+from tools.export import METADATA
 from tools.probe import asked_back
-from tools.report import compare, plot
+from tools.report import MADE_BY, compare, plot
+
 
 # ------------------------------------------------------------------------------------- own examples
 
+QUESTION = ["--input", "The fox sleeps.", "--options", "kilo,jade"]
 
-def test_own_examples_are_compressed_kept_and_answered_after(tmp_path, hypernetwork, monkeypatch):
-    examples, gists = tmp_path / "my.jsonl", tmp_path / "my.safetensors"
-    rows = [{"input": f"The {word} is old.", "output": label} for word, label in (("fox", "kilo"), ("dog", "jade"))]
-    examples.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run(hypernetwork, "--examples", examples, "--save", gists, program="answer")
+
+def answer(folder, *argv, status=0):
+    return run(folder, *argv, program="answer", status=status)
+
+
+@pytest.fixture
+def examples(tmp_path):
+    rows = [{"input": f"The {w} is old.", "output": label} for w, label in (("fox", "kilo"), ("dog", "jade"))]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "my.jsonl"
+
+
+def test_own_examples_are_compressed_kept_and_answered_after(tmp_path, hypernetwork, examples, monkeypatch):
+    gists = tmp_path / "my.safetensors"
+    done = answer(hypernetwork, "--examples", examples, "--save", gists)
     assert "2 examples" in done.stdout and "became 4 gists" in done.stdout and gists.stat().st_size < 20_000
-    question = ["--input", "The fox sleeps.", "--options", "kilo,jade"]
-    kept = run(hypernetwork, "--gists", gists, *question, program="answer").stdout
-    fresh = run(hypernetwork, "--examples", examples, *question, program="answer").stdout
+    kept = answer(hypernetwork, "--gists", gists, *QUESTION).stdout
+    fresh = answer(hypernetwork, "--examples", examples, *QUESTION).stdout
     assert kept.strip() == fresh.strip().splitlines()[-1] and kept.split()[0] in ("kilo", "jade")
-    run(hypernetwork, "--gists", gists, *question, "--dtype", "bfloat16", program="answer")  # kept in float32
+    answer(hypernetwork, "--gists", gists, *QUESTION, "--dtype", "bfloat16")  # kept in float32
     monkeypatch.setattr("sys.stdin", io.StringIO("The fox sleeps.\n\nThe dog waits.\n"))
-    lines = run(hypernetwork, "--gists", gists, "--options", "kilo,jade", program="answer").stdout.splitlines()
+    lines = answer(hypernetwork, "--gists", gists, "--options", "kilo,jade").stdout.splitlines()
     assert len(lines) == 2 and lines[0] == kept.strip()
-    for name, change in (("0.key", torch.zeros(5)), ("offset", torch.tensor([900])), ("1.value", torch.zeros(1, 4, 0, 32))):
-        tensors, about = load_tensors(gists)
-        save_tensors(tmp_path / "crafted.safetensors", tensors | {name: change}, about)
-        assert "crafted" in run(hypernetwork, "--gists", tmp_path / "crafted.safetensors", *question, program="answer", status=2).stderr
-    for taken in (hypernetwork / "adapters.safetensors", examples, tmp_path):
-        assert "not a saved prefix" in run(hypernetwork, "--examples", examples, "--save", taken, program="answer", status=2).stderr
+    tensors, about = load_tensors(gists)
+    for change in (
+        {"0.key": torch.zeros(5)}, {"offset": torch.tensor([900])}, {"1.value": torch.zeros(1, 4, 0, 32)},
+        {"0.value": tensors["0.value"] * float("nan")}, {"more": torch.zeros(1)},
+    ):  # fmt: skip
+        save_tensors(tmp_path / "crafted.safetensors", tensors | change, about)
+        refused = answer(hypernetwork, "--gists", tmp_path / "crafted.safetensors", *QUESTION, status=2)
+        assert "crafted" in refused.stderr
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a fox\n\xff\xfe b\n"), "utf-8"))
-    assert "stdin: not text" in run(hypernetwork, "--gists", gists, "--options", "kilo,jade", program="answer", status=2).stderr
-    own_words = run(hypernetwork, "--gists", gists, "--input", "The fox sleeps.", program="answer").stdout
+    refused = answer(hypernetwork, "--gists", gists, "--options", "kilo,jade", status=2)
+    assert "stdin: not text" in refused.stderr
+    own_words = answer(hypernetwork, "--gists", gists, "--input", "The fox sleeps.").stdout
     assert own_words.endswith("\n") and "%" not in own_words
 
-    train(tmp_path / "other", "--steps", "1", "--no-controls", "--seed", "5")
-    another_base = run(hypernetwork, "--model", ROOT / "tiny" / "llama", "--gists", gists, *question, program="answer", status=2).stderr
+    model = ["--model", ROOT / "tiny" / "llama"]
+    another_base = answer(hypernetwork, *model, "--gists", gists, *QUESTION, status=2).stderr
     assert "was trained on another model" in another_base
-    refused = run(tmp_path / "other", "--gists", gists, *question, program="answer", status=2).stderr
+    refused = answer(another_run(tmp_path, hypernetwork), "--gists", gists, *QUESTION, status=2).stderr
     assert "made with another run" in refused.strip().splitlines()[-1]
     examples.write_text('{"input": "a"}\n')
-    assert "line 1: output" in run(hypernetwork, "--examples", examples, *question, program="answer", status=2).stderr
+    assert "line 1: output" in answer(hypernetwork, "--examples", examples, *QUESTION, status=2).stderr
+
+
+def another_run(tmp_path, hypernetwork):
+    """A finished run of the same base, with other weights."""
+    folder = tmp_path / "another"
+    shutil.copytree(hypernetwork, folder)
+    tensors, about = load_tensors(folder / "adapters.safetensors")
+    tensors = {name: tensor + 0.01 for name, tensor in tensors.items()}
+    save_tensors(folder / "adapters.safetensors", tensors, about)
+    return folder
 
 
 def test_own_examples_may_come_from_a_pipe(tmp_path, hypernetwork):
-    text = "".join(json.dumps({"input": f"The {word} is old.", "output": "kilo"}) + "\n\n" for word in ("fox", "dog"))
+    rows = [{"input": f"The {word} is old.", "output": "kilo"} for word in ("fox", "dog")]
+    text = "".join(json.dumps(row) + "\n\n" for row in rows)
     (tmp_path / "file").write_text(text)
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_text, args=[text]).start()
-    question = ["--input", "The fox sleeps.", "--options", "kilo,jade"]
-    piped, file = (run(hypernetwork, "--examples", tmp_path / name, *question, program="answer").stdout for name in ("pipe", "file"))
+    paths = (tmp_path / "pipe", tmp_path / "file")
+    piped, file = (answer(hypernetwork, "--examples", path, *QUESTION).stdout for path in paths)
     assert piped == file and "2 examples" in file
+
+
+def test_a_prefix_beside_a_fused_instruction_is_kept_too(tmp_path, examples):
+    short = "--steps 1 --batch-size 2 --gists 4 --limit 1 --no-controls".split()
+    run("--task", "sni", "--fuse-instruction", *short, "--out", tmp_path / "run")
+    answer(tmp_path / "run", "--examples", examples, "--save", tmp_path / "my.safetensors")
+    kept = answer(tmp_path / "run", "--gists", tmp_path / "my.safetensors", *QUESTION).stdout
+    fresh = answer(tmp_path / "run", "--examples", examples, *QUESTION).stdout
+    assert kept.strip() == fresh.strip().splitlines()[-1]
+
+
+def test_what_averaged_gists_take_is_said_of_the_average(tmp_path, examples):
+    train(tmp_path / "run", "--steps", "1", "--no-controls", "--average", "2")
+    said = answer(tmp_path / "run", "--examples", examples, "--save", tmp_path / "my.safetensors").stdout
+    saved = load_tensors(tmp_path / "my.safetensors")[0]
+    size = sum(x.numel() * x.element_size() for name, x in saved.items() if name != "offset")
+    tokens = int(said.split(" tokens")[0].split()[-1])
+    assert saved["0.key"].shape[2] == 4 and "became 4 gists" in said
+    assert f"{size:,} bytes instead of {size // 4 * tokens:,}" in said
+
+
+# ------------------------------------------------------------- what a tool makes, and what it replaces
+
+
+@contextlib.contextmanager
+def full_disk(size=100):
+    """No file can grow longer than this, as if the disk were full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_saved_prefix_replaces_only_one_of_the_same_run(tmp_path, hypernetwork, examples):
+    mine = tmp_path / "mine.safetensors"
+    save_file({"weights": torch.ones(3)}, mine, {"format": "pt"})
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "notes.safetensors").write_text("notes")
+    theirs = tmp_path / "theirs.safetensors"
+    answer(another_run(tmp_path, hypernetwork), "--examples", examples, "--save", theirs)
+    before = contents(tmp_path) | contents(hypernetwork)
+    others = [mine, theirs, examples, tmp_path, tmp_path / "link", tmp_path / "notes.safetensors"]
+    for taken in (*others, hypernetwork / "adapters.safetensors"):
+        refused = answer(hypernetwork, "--examples", examples, "--save", taken, status=2).stderr
+        assert f"--save {taken}: would replace something" in refused and "not a saved prefix" in refused
+    assert contents(tmp_path) | contents(hypernetwork) == before and (tmp_path / "link").is_symlink()
+
+    own = tmp_path / "own.safetensors"
+    answer(hypernetwork, "--examples", examples, "--save", own)
+    first = own.read_bytes()
+    examples.write_text(examples.read_text().splitlines()[0])
+    answer(hypernetwork, "--examples", examples, "--save", own)
+    assert own.read_bytes() != first, "our own is replaced"
+
+
+def test_a_prefix_that_cannot_be_written_leaves_the_old_one(tmp_path, hypernetwork, examples):
+    own = tmp_path / "own.safetensors"
+    answer(hypernetwork, "--examples", examples, "--save", own)
+    before = contents(tmp_path)
+    with full_disk():
+        refused = answer(hypernetwork, "--examples", examples, "--save", own, status=2).stderr
+    assert f"{own}: can't be written" in refused and contents(tmp_path) == before
 
 
 def test_an_export_replaces_nothing_of_anybodys(tmp_path, hypernetwork):
@@ -78,9 +174,100 @@ def test_an_export_replaces_nothing_of_anybodys(tmp_path, hypernetwork):
         run(hypernetwork, "--out", tmp_path / "new", program="export")
 
 
+@pytest.mark.parametrize("what", ["an adapter of peft's", "a file", "more than an export", "damaged weights"])
+def test_an_export_replaces_only_an_export_of_ours(tmp_path, hypernetwork, what):
+    folder = tmp_path / "hyper"
+    if what == "a file":
+        folder.write_text("mine")
+    else:
+        run(hypernetwork, "--out", tmp_path, program="export")
+    weights = folder / "adapter_model.safetensors"
+    if what == "an adapter of peft's":  # the same names, without our mark
+        save_file(load_tensors(weights)[0], weights, {"format": "pt"})
+    elif what == "more than an export":
+        (folder / "README.md").write_text("mine")
+    elif what == "damaged weights":
+        weights.write_bytes(weights.read_bytes()[:50])
+    before = contents(tmp_path)
+    refused = run(hypernetwork, "--out", tmp_path, program="export", status=2).stderr
+    assert str(folder) in refused and contents(tmp_path) == before
+
+
+def test_an_export_that_cannot_be_written_leaves_the_old_one(tmp_path, hypernetwork):
+    run(hypernetwork, "--out", tmp_path, program="export")
+    before = contents(tmp_path)
+    assert load_tensors(tmp_path / "hyper" / "adapter_model.safetensors")[1] == METADATA
+    with full_disk():
+        refused = run(hypernetwork, "--out", tmp_path, program="export", status=2).stderr
+    assert "can't be written" in refused and contents(tmp_path) == before
+
+
+@pytest.fixture
+def plotted(tmp_path):
+    """A run that can be drawn, and a function that draws it."""
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "run", 60.0)
+    return lambda out, status=0: run("plot", tmp_path / "run", "--out", out, program="report", status=status)
+
+
+KINDS = ["png", "svg", "pdf"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_replaces_only_a_picture_of_ours(tmp_path, plotted, kind):
+    from matplotlib.figure import Figure
+
+    Figure().savefig(tmp_path / f"theirs.{kind}")
+    (tmp_path / f"folder.{kind}").mkdir()
+    (tmp_path / f"link.{kind}").symlink_to("nowhere")
+    (tmp_path / f"empty.{kind}").touch()
+    before = contents(tmp_path)
+    for name in ("theirs", "folder", "link", "empty"):
+        assert "isn't a picture of ours" in plotted(tmp_path / f"{name}.{kind}", status=2).stderr
+    assert contents(tmp_path) == before and (tmp_path / f"link.{kind}").is_symlink()
+
+    path = tmp_path / f"ours.{kind}"
+    plotted(path)
+    first = path.read_bytes()
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    plotted(path)
+    assert path.read_bytes() != first and MADE_BY.encode() in path.read_bytes(), "our own is replaced"
+
+
+def test_a_picture_of_somebody_about_this_project_is_not_ours(tmp_path, plotted):
+    path = tmp_path / "overview.svg"
+    path.write_text('<svg xmlns="http://www.w3.org/2000/svg"><text>HyperLlama reads examples</text></svg>')
+    before = path.read_bytes()
+    with contextlib.suppress(AssertionError):  # (of its exit status)
+        plotted(path, status=2)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, plotted, kind):
+    path = tmp_path / f"ours.{kind}"
+    plotted(path)
+    before = contents(tmp_path)
+    with full_disk():
+        refused = plotted(path, status=2).stderr
+    assert f"{path}: can't be written" in refused and contents(tmp_path) == before
+
+
+def test_a_probe_replaces_no_picture_of_anybodys(tmp_path, hypernetwork):
+    (tmp_path / "mine.png").write_text("mine")
+    refused = run(hypernetwork, "--out", tmp_path / "mine.png", program="probe", status=2).stderr
+    assert "isn't a picture of ours" in refused and (tmp_path / "mine.png").read_text() == "mine"
+
+
+EITHER = "either --examples FILE or --gists FILE"
+
+
 @pytest.mark.parametrize("argv, message", [
-    (["--save", "f"], "either --examples FILE or --gists FILE"), (["--gists", "g", "--save", "f"], "--save needs --examples"),
-    (["--examples", "a", "--gists", "b"], "either --examples"), (["--input", "x"], "either --examples"), ([], "either --examples"),
+    ([], EITHER), (["--save", "f"], EITHER), (["--input", "x"], EITHER),
+    (["--examples", "a", "--gists", "b"], EITHER), (["--examples", ""], "an empty file name"),
+    (["--gists", "g", "--save", "f"], "--save needs --examples"),
+    (["--gists", "g", "--options", "a"], "two or more"),
+    (["--gists", "g", "--options", "a,a"], "two or more"),
 ])  # fmt: skip
 def test_options_of_answer_that_do_not_go_together_are_refused(tmp_path, argv, message):
     lines = run(tmp_path, *argv, program="answer", status=2).stderr.splitlines()
@@ -88,12 +275,14 @@ def test_options_of_answer_that_do_not_go_together_are_refused(tmp_path, argv, m
 
 
 def test_each_example_is_asked_back_at_its_place(tmp_path, hypernetwork):
-    episode = Episode([Example("q", "b", ("a", "b"))], [Example("x", "a"), Example("y", "b", ("b", "c")), Example("z", "a")])
+    shots = [Example("x", "a"), Example("y", "b", ("b", "c")), Example("z", "a")]
+    episode = Episode([Example("q", "b", ("a", "b"))], shots)
     again = asked_back(episode, 2)
     assert [query.input for query in again.queries] == ["x", "y"] == [shot.input for shot in again.shots]
-    assert [query.options for query in again.queries] == [("a", "b"), ("b", "c")]
-    done = run(hypernetwork, "--sets", "1", "--out", tmp_path / "probe.png", program="probe").stdout
-    assert (tmp_path / "probe.png").exists() and "place among 4 examples" in done and "in context" in done
+    assert [query.choices for query in again.queries] == [("a", "b"), ("b", "c")]
+    for _ in range(2):  # an earlier picture may be replaced
+        done = run(hypernetwork, "--sets", "1", "--out", tmp_path / "probe.png", program="probe").stdout
+        assert (tmp_path / "probe.png").exists() and "place among 4 examples" in done and "in context" in done
 
 
 @pytest.mark.parametrize("program", ["answer", "cost", "probe"])
@@ -113,81 +302,51 @@ def test_only_a_finished_hypernetwork_compresses_own_examples(tmp_path, hypernet
         assert f"{out}: has no hypernetwork" in refused
 
 
-QUESTIONS = ["The fox sleeps.", "A dog waits near the rope.", "The red cow is in the barn.", "fox", "Which is it, the dog?"]
+QUESTIONS = "The fox sleeps.|A dog waits near the rope.|The red cow is in the barn.|fox|Which is it, the dog?"
 
 
-def test_a_saved_prefix_answers_in_transformers_as_it_does_here(tmp_path, hypernetwork):
+def test_a_saved_prefix_answers_in_transformers_as_it_does_here(tmp_path, hypernetwork, examples):
     """Greedy, to the token, without position ids: the gists stand at 0 … G-1, as a cache of G tokens does."""
     transformers = pytest.importorskip("transformers")
-    examples, saved = tmp_path / "my.jsonl", tmp_path / "my.safetensors"
-    examples.write_text("".join(json.dumps({"input": f"The {w} is old.", "output": o}) + "\n" for w, o in (("fox", "kilo"), ("dog", "jade"))))
-    run(hypernetwork, "--examples", examples, "--save", saved, program="answer")
+    saved = tmp_path / "my.safetensors"
+    answer(hypernetwork, "--examples", examples, "--save", saved)
     folder = ROOT / "tiny" / "llama-c"
-    tokenizer, theirs = Tokenizer(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = Tokenizer(folder)
+    mine = load(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     gists = load_tensors(saved)[0]
     assert gists["offset"].tolist() == [gists["0.key"].shape[2]] == [4]
-    for question in QUESTIONS:
+    past = [(gists[f"{i}.key"], gists[f"{i}.value"]) for i in range(theirs.config.num_hidden_layers)]
+    for question in QUESTIONS.split("|"):
         cache = transformers.DynamicCache()
-        for i in range(theirs.config.num_hidden_layers):
-            cache.update(gists[f"{i}.key"], gists[f"{i}.value"], i)
+        for i, (key, value) in enumerate(past):
+            cache.update(key, value, i)
         prompt = [tokenizer.bos, *tokenizer.encode(f"\nInput:\n{question}\nOutput:\n")]
         ids = torch.tensor([[0] * 4 + prompt])
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12, do_sample=False, pad_token_id=0)
-        past = [(gists[f"{i}.key"], gists[f"{i}.value"]) for i in range(theirs.config.num_hidden_layers)]
-        ours = generate(load(folder), [prompt], 12, tokenizer.eos, past, gists["offset"])[0]
-        new = out[0, ids.shape[1] :].tolist()
+        how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+        new = theirs.generate(ids, past_key_values=cache, pad_token_id=0, **how)[0, ids.shape[1] :].tolist()
+        (ours,) = generate(mine, [prompt], 12, tokenizer.eos, past=past, offset=gists["offset"])
         assert (new[: new.index(tokenizer.eos)] if tokenizer.eos in new else new) == ours
 
 
 @pytest.mark.parametrize("downstream", ["frozen", "lora"])
 def test_exported_adapters_open_in_peft_with_the_same_logits(tmp_path, downstream):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    train(tmp_path / "run", "--steps", "2", "--no-controls", "--measure", "0", "--downstream", downstream)
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    train(tmp_path / "run", "--steps", "2", "--no-controls", "--downstream", downstream)
     run(tmp_path / "run", "--out", tmp_path / "peft", program="export")
     names = ["hyper"] + ["downstream"] * (downstream == "lora")
     assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == sorted(names)
-    ours = open_run(settle({}, read_args(tmp_path / "run")), tmp_path / "run").hyper.model
+    args = resolve_args({}, read_args(tmp_path / "run"))
+    ours = open_run(args, tmp_path / "run").hyper.model
     x = torch.randint(3, 900, (2, 20), generator=torch.Generator().manual_seed(0))
     for name in names:
-        base = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "llama-c", dtype=torch.float32)
+        base = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft" / name).eval()
         with torch.no_grad():
             mine = ours(x, adapter=name)[0]
             torch.testing.assert_close(mine, theirs(x).logits, atol=1e-4, rtol=1e-4)
             assert (mine - ours(x)[0]).abs().max() > 1e-3, "the set does something"
-
-
-# ------------------------------------------------------------------------------- several at once
-
-
-def test_what_is_done_at_once_comes_in_order_and_leaves_the_threads_alone():
-    torch.set_num_threads(2)
-
-    def slow_if_early(n):
-        time.sleep(0.1 - n / 100)
-        return n, torch.get_num_threads()
-
-    assert list(at_once(slow_if_early, range(9), several=True)) == [(n, 1) for n in range(9)]
-    assert list(at_once(slow_if_early, range(3), several=False)) == [(n, 2) for n in range(3)]
-    assert torch.get_num_threads() == 2
-
-
-def test_after_a_failure_nothing_more_is_begun():
-    torch.set_num_threads(2)
-    begun = []
-
-    def failing(n):
-        begun.append(n)
-        time.sleep(0.01)
-        if n == 3:
-            raise KeyboardInterrupt
-        return n
-
-    came = []
-    with pytest.raises(KeyboardInterrupt):
-        for n in at_once(failing, range(100), several=True):
-            came.append(n)
-    assert came == [0, 1, 2] and len(begun) < 10 and torch.get_num_threads() == 2
 
 
 # ----------------------------------------------------------------------------------------- the cost
@@ -198,7 +357,9 @@ def test_the_cost_of_gists_is_printed(hypernetwork):
     assert "Llama-2-7B" in printed and "gists ahead after" in printed
 
 
-@pytest.mark.parametrize("T, P, adapter, kept", [(40, 0, None, 0), (40, 0, "hyper", 16), (40, 0, None, 40), (7, 16, None, 0), (9, 30, "all", 0)])
+@pytest.mark.parametrize("T, P, adapter, kept", [
+    (40, 0, None, 0), (40, 0, "hyper", 16), (40, 0, None, 40), (7, 16, None, 0), (9, 30, "all", 0)
+])  # fmt: skip
 def test_counted_operations_are_those_that_torch_counts(T, P, adapter, kept):
     hyper = random_hyper("all") if adapter == "all" else random_hyper()
     past = {}
@@ -223,10 +384,11 @@ def test_counted_operations_are_those_that_torch_counts(T, P, adapter, kept):
 def write_run(folder, average, **args):
     folder.mkdir(parents=True)
     args = {"task": "p3", "method": "hyper", "model": "m", "data": "d", "shots": 4, "init": "random"} | args
-    results = {"metric": "accuracy", "average": average, "baselines": {"zeroshot": 50.0}, "controls": {}, "seconds": 2.0, "args": args}
-    (folder / "results.json").write_text(json.dumps(results))
+    results = {"metric": "accuracy", "average": average, "baselines": {"zeroshot": 50.0}, "controls": {}}
+    (folder / "results.json").write_text(json.dumps(results | {"seconds": 2.0, "args": args}))
     (folder / "args.json").write_text(json.dumps(args))
-    lines = [{"step": step, "loss": 1.0, "seconds": 1.0} | ({"score": average, "controls": {"no_prefix": 50.0}} if step == 2 else {}) for step in (1, 2)]
+    lines = [{"step": step, "loss": 1.0, "seconds": 1.0} for step in (1, 2)]
+    lines[1] |= {"score": average, "controls": {"no_prefix": 50.0}}
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -247,7 +409,13 @@ def test_a_picture_says_what_it_shows(tmp_path, monkeypatch):
     import matplotlib.pyplot as pyplot
 
     labels = []
-    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, *_, **__: labels.append((figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel())))
+    savefig = pyplot.Figure.savefig
+
+    def listing(figure, *args, **options):
+        labels.append((figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()))
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(pyplot.Figure, "savefig", listing)
     write_run(tmp_path / "measured", 60.0)
     write_run(tmp_path / "text", 1.0, task="hyperpretrain")
     unmeasured = tmp_path / "unmeasured"
@@ -259,8 +427,8 @@ def test_a_picture_says_what_it_shows(tmp_path, monkeypatch):
     accuracy = "accuracy on held-out rows, %"
     assert labels == [("step", accuracy), ("step", accuracy), ("step", "loss per token"), ("shots", accuracy)]
     (unmeasured / "log.jsonl").write_text("")
-    assert "nothing to draw" in run("plot", unmeasured, "--out", tmp_path / "a.png", program="report", status=2).stderr
-    assert "ends in .png" in run("plot", unmeasured, "--out", tmp_path / "curves", program="report", status=2).stderr
+    for name, message in (("a.png", "nothing to draw"), ("curves", "ends in .png")):
+        assert message in run("plot", unmeasured, "--out", tmp_path / name, program="report", status=2).stderr
 
 
 def test_curves_are_drawn(tmp_path):
@@ -269,7 +437,8 @@ def test_curves_are_drawn(tmp_path):
         write_run(tmp_path / f"seed{seed}", 60.0 + seed, gists=4 + seed)
     plot([tmp_path / "seed0", tmp_path / "seed1"], tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
-    run("plot", tmp_path / "seed0", tmp_path / "seed1", "--out", tmp_path / "by.png", "--by", "gists", program="report")
+    runs = [tmp_path / "seed0", tmp_path / "seed1"]
+    run("plot", *runs, "--out", tmp_path / "by.png", "--by", "gists", program="report")
     assert (tmp_path / "by.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(InputError, match="not the folder of a run"):
         plot([tmp_path / "no"], tmp_path / "c.png")

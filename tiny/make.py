@@ -14,6 +14,7 @@ classify and texts, in layouts that include those of the tasks. (A real base has
 """
 
 import argparse
+import csv
 import gzip
 import io
 import json
@@ -37,7 +38,7 @@ from tasks.rows import masked_crc32c
 from tasks.sni import LAYOUT as SNI_LAYOUT
 from tasks.symbol import LAYOUTS as SYMBOL_LAYOUTS
 from tasks.symbol import draw_symbols, whole_words
-from tasks.text import save_checkpoint
+from tasks.hyperpretrain import save_checkpoint
 from tiny import texts, world
 
 HERE = Path(__file__).parent
@@ -46,7 +47,9 @@ HERE = Path(__file__).parent
 
 LAYOUTS = ["\nInput:\n{x}\nOutput:\n{y}", "\nQ: {x}\nA:\n{y}", "\n{x}\n{y}"]
 NAMES = ("repeat", "word", "phrase", "pair", "sentence", "definition", "topic", "text")  # kinds of documents
-REPEAT, WORD, PHRASE, PAIR, SENTENCE, DEFINITION, TOPIC, TEXT = range(len(NAMES))  # the first five by difficulty
+REPEAT, WORD, PHRASE, PAIR, SENTENCE, DEFINITION, TOPIC, TEXT = range(
+    len(NAMES)
+)  # the first five by difficulty
 WORDS = world.LABELS + [word for words in world.KINDS.values() for word in words]
 
 
@@ -95,7 +98,9 @@ def definition_rows(rng: random.Random, tokenizer: Tokenizer, examples: int, que
         else:
             prompt = f"{SNI_LAYOUT.head} {text}{SNI_LAYOUT.tail}"
         end = "\n\n" if n < examples else ""
-        rows.append((tokenizer.encode(start + prompt), tokenizer.encode(f" {answer}{end}"), task.told or n > 0))
+        rows.append(
+            (tokenizer.encode(start + prompt), tokenizer.encode(f" {answer}{end}"), task.told or n > 0)
+        )
         start = ""
     return rows
 
@@ -115,7 +120,11 @@ def topics(rng: random.Random, tokenizer: Tokenizer, words: list[str]) -> Iterat
     while True:
         at = rng.randrange(len(topics))
         text = world.about(rng, topics[at], topics)
-        yield tokenizer.encode(f"{layout.head} {text}{layout.tail}"), tokenizer.encode(" " + symbols[at]), at in seen
+        yield (
+            tokenizer.encode(f"{layout.head} {text}{layout.tail}"),
+            tokenizer.encode(" " + symbols[at]),
+            at in seen,
+        )
         seen.add(at)
 
 
@@ -142,7 +151,9 @@ def as_document(tokenizer: Tokenizer, rows: Iterable[Row], length: int) -> Docum
 
 def document(rng: random.Random, tokenizer: Tokenizer, difficulty: int, length: int) -> Document:
     if difficulty == TEXT:
-        tokens = [tokenizer.bos, *tokenizer.encode(texts.text(rng, (0.1, 0.1, 0.15, 0.45, 0.1, 0.1)))][:length]
+        tokens = [tokenizer.bos, *tokenizer.encode(texts.text(rng, (0.1, 0.1, 0.15, 0.45, 0.1, 0.1)))][
+            :length
+        ]
         return tokens, [False] * len(tokens)
     if difficulty != REPEAT:
         return as_document(tokenizer, encoded_rows(rng, tokenizer, difficulty), length)
@@ -159,14 +170,28 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
     lines = []
     for _ in range(4000):
         rows = lookup_rows(rng, rng.choice((PHRASE, PAIR, SENTENCE)))
-        lines += [line for _ in range(3) for line in rng.choice(LAYOUTS).format(x=next(rows)[0], y="").split("\n") if line]
+        lines += [
+            line
+            for _ in range(3)
+            for line in rng.choice(LAYOUTS).format(x=next(rows)[0], y="").split("\n")
+            if line
+        ]
         task = world.random_instruction(rng, world.LABELS, held_out=False)
         example = Example(*task.row(rng))
         text = SNI_LAYOUT.instruction.format(task.definition) + SNI_LAYOUT.example(rng.randint(1, 4), example)
         lines += [line for line in (text + SNI_LAYOUT.head).split("\n") if line]
     # SentencePiece sees a space before each line. After ":" a word is seen as at the start of a line.
     starts = [*WORDS, "Input", "Output"]
-    starts += [text.split()[0] for text in [*world.WORDINGS.values(), *world.SPOT.values(), *world.SENTENCES, *world.SHORT, *world.PHRASES]]
+    starts += [
+        text.split()[0]
+        for text in [
+            *world.WORDINGS.values(),
+            *world.SPOT.values(),
+            *world.SENTENCES,
+            *world.SHORT,
+            *world.PHRASES,
+        ]
+    ]
     starts += ["Question", "Answer", "Student", "Teacher", "Sentences", "Mapped", "Symbol", "Label", "Target"]
     lines += [f":{word} {word}" for word in dict.fromkeys(starts) if "{" not in word] * 300
     model = io.BytesIO()
@@ -226,16 +251,25 @@ class Optimizers:
 
 def document_loss(model: Llama, documents: list[Document]) -> tuple[Tensor, Tensor]:
     """Mean loss of all tokens, plus that of the tokens that can be known; and the share of these that is right, [B]."""
-    tokens, known = ragged([tokens for tokens, _ in documents]), ragged([known for _, known in documents]).bool()[:, 1:]
+    tokens, known = (
+        ragged([tokens for tokens, _ in documents]),
+        ragged([known for _, known in documents]).bool()[:, 1:],
+    )
     real = ragged([[1] * len(tokens) for tokens, _ in documents]).bool()[:, 1:]
     logits = model(tokens[:, :-1])[0]
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(known.shape)
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
+        known.shape
+    )
     right = (logits.argmax(-1) == tokens[:, 1:]) & known
     return losses[real].mean() + losses[known].mean(), right.sum(1) / known.sum(1)
 
 
 def mean_by_kind(kinds: list[str], right: Tensor) -> dict[str, float]:
-    return {name: 100 * right[[kind == name for kind in kinds]].mean().item() for name in NAMES[:-1] if name in kinds}
+    return {
+        name: 100 * right[[kind == name for kind in kinds]].mean().item()
+        for name in NAMES[:-1]
+        if name in kinds
+    }
 
 
 Stage = tuple[int, tuple[float, ...], int]  # steps, share of each kind of document, length
@@ -268,7 +302,10 @@ def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, stages: list[Stage])
             if step % 25 == 0:
                 shares_right = mean_by_kind([NAMES[kind] for kind in kinds], right)
                 text = ", ".join(f"{name} {share:.0f} %" for name, share in shares_right.items())
-                print(f"{time.time() - began:5.0f} s  step {step}/{total}  loss {loss.item():.2f}  right: {text}", flush=True)
+                print(
+                    f"{time.time() - began:5.0f} s  step {step}/{total}  loss {loss.item():.2f}  right: {text}",
+                    flush=True,
+                )
 
 
 # ----------------------------------------------------------------------------------------- the files
@@ -290,14 +327,23 @@ def write_tfrecord(path: Path, rows: list[tuple[str, str, list[str]]]) -> None:
 
     with open(path, "wb") as file:
         for text, target, options in rows:
-            features = {"inputs_pretokenized": [text], "targets_pretokenized": [target], "answer_choices": options}
+            features = {
+                "inputs_pretokenized": [text],
+                "targets_pretokenized": [target],
+                "answer_choices": options,
+            }
             entries = b""
             for name, values in features.items():
                 feature = nested(1, b"".join(nested(1, value.encode()) for value in values))
                 entries += nested(1, nested(1, name.encode()) + nested(2, feature))
             data = nested(1, entries)
             length = struct.pack("<Q", len(data))
-            file.write(length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data)))
+            file.write(
+                length
+                + struct.pack("<I", masked_crc32c(length))
+                + data
+                + struct.pack("<I", masked_crc32c(data))
+            )
 
 
 def write_p3(folder: Path, seed: int) -> None:
@@ -309,7 +355,10 @@ def write_p3(folder: Path, seed: int) -> None:
         (folder / "splits" / f"{name}_tasks.txt").write_text("".join(f"{task}\n" for task in tasks))
     for i, (name, task) in enumerate({**train, **held_out}.items()):
         (folder / name).mkdir()
-        for split, count in (("train", 60 if name in held_out else 40), ("validation", 60 if name in held_out else 10)):
+        for split, count in (
+            ("train", 60 if name in held_out else 40),
+            ("validation", 60 if name in held_out else 10),
+        ):
             rows = [task.row(rng) for _ in range(count)]
             if i % 4 == 0:
                 write_tfrecord(folder / name / f"{split}.tfrecord-00000-of-00001", rows)
@@ -356,8 +405,25 @@ def write_symbol(folder: Path, seed: int) -> None:
     write_lists(folder / "splits", (name for name in sets if name not in held_out), held_out)
     for name, topics in sets.items():
         rows = [(world.about(rng, kind, topics), kind) for kind in topics for _ in range(40)]
-        lines = [json.dumps({"text": text, "label": kind}) + "\n" for text, kind in rng.sample(rows, len(rows))]
+        lines = [
+            json.dumps({"text": text, "label": kind}) + "\n" for text, kind in rng.sample(rows, len(rows))
+        ]
         (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+def write_sample(folder: Path, seed: int) -> None:
+    """CSV files of texts with labels: two topics each, a word for each topic, another word in each file."""
+    rng = random.Random(f"sample {seed}")
+    folder.mkdir(parents=True, exist_ok=True)
+    topics = [pair for pair in world.TRAIN_TOPICS if len(pair) == 2][:6]
+    for n, pair in enumerate(topics):
+        labels = dict(zip(pair, rng.sample(world.LABELS, 2)))
+        with open(folder / f"{'test' if n >= 4 else 'train'}-{n}.csv", "w", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(("text", "label"))
+            for _ in range(40):
+                kind = rng.choice(pair)
+                rows.writerow((world.about(rng, kind, pair), labels[kind]))
 
 
 TEXTS = {  # file of 6,000 texts -> share of each of texts.KINDS: easy ones first
@@ -370,7 +436,10 @@ def write_text(folder: Path, seed: int) -> None:
     """Lists, stories, notes in which the same things keep going together: what comes before helps."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, shares in TEXTS.items():
-        lines = [json.dumps({"text": texts.text(random.Random(f"text {seed} {name} {i}"), shares)}) + "\n" for i in range(6000)]
+        lines = [
+            json.dumps({"text": texts.text(random.Random(f"text {seed} {name} {i}"), shares)}) + "\n"
+            for i in range(6000)
+        ]
         (folder / name).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 
@@ -382,13 +451,21 @@ def clear(folder: Path) -> None:
 
 
 def write_data(out: Path, seed: int) -> None:
-    for name, write in (("P3", write_p3), ("natural-instructions", write_sni), ("symbol", write_symbol), ("text", write_text)):
+    for name, write in (
+        ("P3", write_p3),
+        ("natural-instructions", write_sni),
+        ("symbol", write_symbol),
+        ("sample", write_sample),
+        ("text", write_text),
+    ):
         clear(out / name)
         write(out / name, seed)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: beside this file)")
     parser.add_argument("--data-only", action="store_true", help="stop when the data are written")
@@ -407,8 +484,19 @@ def main() -> None:
     for stages in ROUNDS:
         pretrain(model, tokenizer, args.seed, stages)
     save_checkpoint(base, model.config, dict(model.named_parameters()))
-    hyperpretrain = ["--task", "hyperpretrain", "--model", base, "--data", args.out / "text", "--out", compressed]
-    subprocess.run([sys.executable, HERE.parent / "train.py", *hyperpretrain, "--seed", str(args.seed)], check=True)
+    hyperpretrain = [
+        "--task",
+        "hyperpretrain",
+        "--model",
+        base,
+        "--data",
+        args.out / "text",
+        "--out",
+        compressed,
+    ]
+    subprocess.run(
+        [sys.executable, HERE.parent / "train.py", *hyperpretrain, "--seed", str(args.seed)], check=True
+    )
     (compressed / "state.safetensors").unlink()  # to go on with the run, and large
     (compressed / ".hyperllama").unlink()  # nothing overwrites this run
 

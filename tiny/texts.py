@@ -47,7 +47,11 @@ def mark(rng: random.Random) -> str:
     kind = rng.randrange(3)
     if kind == 0:
         return str(rng.randrange(10 ** rng.randint(1, 5)))
-    return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 4))) if kind == 1 else rng.choice(world.LABELS)
+    return (
+        "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 4)))
+        if kind == 1
+        else rng.choice(world.LABELS)
+    )
 
 
 def catalogues(rng: random.Random, _: str) -> Iterator[Line]:
@@ -59,7 +63,14 @@ def catalogues(rng: random.Random, _: str) -> Iterator[Line]:
         yield world.about(rng, topic, topics), marks[topic]
 
 
-WRITERS = {"words": grouped, "phrases": grouped, "pairs": grouped, "stories": grouped, "notes": notes, "catalogues": catalogues}
+WRITERS = {
+    "words": grouped,
+    "phrases": grouped,
+    "pairs": grouped,
+    "stories": grouped,
+    "notes": notes,
+    "catalogues": catalogues,
+}
 
 
 def text(rng: random.Random, shares: tuple[float, ...]) -> str:

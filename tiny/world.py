@@ -63,7 +63,9 @@ TRAIN_LABELS = (
     "spring summer autumn winter seven eight nine ten first last left right yes no true false "
     "good bad hot cold high low early late open closed sweet bitter"
 ).split()
-HELDOUT_LABELS = "kilo foxtrot amber violet coral ivory jade onyx east west up down wet dry loud calm near far".split()
+HELDOUT_LABELS = (
+    "kilo foxtrot amber violet coral ivory jade onyx east west up down wet dry loud calm near far".split()
+)
 LABELS = TRAIN_LABELS + HELDOUT_LABELS
 
 
@@ -113,7 +115,12 @@ def random_task(rng: random.Random, classes: int) -> Task:
     """Any kind, wording and group name; the words divided at random; labels from all that there are."""
     kind = rng.choice(list(KINDS))
     words = rng.sample(KINDS[kind], len(KINDS[kind]))
-    return Task(kind, split(words, rng.sample(LABELS, classes)), rng.choice(list(WORDINGS.values())), rng.choice(GROUP_NAMES))
+    return Task(
+        kind,
+        split(words, rng.sample(LABELS, classes)),
+        rng.choice(list(WORDINGS.values())),
+        rng.choice(GROUP_NAMES),
+    )
 
 
 def p3(rng: random.Random) -> tuple[dict[str, Task], dict[str, Task]]:
@@ -205,7 +212,10 @@ def sni(rng: random.Random) -> tuple[dict[str, Instruction], dict[str, Instructi
             name = f"{'_and_'.join(task.pick)}_form_{form}_{'told' if task.told else 'shown'}"
             tasks.setdefault(name, task)
         found.append(tasks)
-    numbered = [{f"task{1 + i + 100 * part:03}_{name}": tasks[name] for i, name in enumerate(tasks)} for part, tasks in enumerate(found)]
+    numbered = [
+        {f"task{1 + i + 100 * part:03}_{name}": tasks[name] for i, name in enumerate(tasks)}
+        for part, tasks in enumerate(found)
+    ]
     return numbered[0], numbered[1]
 
 
@@ -216,10 +226,21 @@ SHORT = [
     "We go to the {place}.", "They live near the {place}.", "I like {food}.", "We had {food} again.",
     "{person} smiles.", "It was {person} who came.", "The {tool} is old.", "Put the {tool} away.",
 ]  # fmt: skip
-HELDOUT_TOPICS = [("animal", "tool"), ("colour", "person"), ("food", "place"), ("animal", "food", "person"), ("colour", "place", "tool")]
+HELDOUT_TOPICS = [
+    ("animal", "tool"),
+    ("colour", "person"),
+    ("food", "place"),
+    ("animal", "food", "person"),
+    ("colour", "place", "tool"),
+]
 TOPICS = [
     *((a, b) for i, a in enumerate(sorted(KINDS)) for b in sorted(KINDS)[i + 1 :]),
-    *(("animal", "colour", "place"), ("food", "person", "tool"), ("animal", "person", "tool"), ("colour", "food", "place")),
+    *(
+        ("animal", "colour", "place"),
+        ("food", "person", "tool"),
+        ("animal", "person", "tool"),
+        ("colour", "food", "place"),
+    ),
 ]
 TRAIN_TOPICS = [topics for topics in TOPICS if topics not in HELDOUT_TOPICS]
 

@@ -1,27 +1,31 @@
 """Your own examples: compress them with a run's hypernetwork, keep their gists, answer after them.
 
-    python -m tools.answer RUN --examples FILE --save FILE       .jsonl with input and output -> .safetensors
-    python -m tools.answer RUN --gists FILE --input TEXT         the model writes an answer
-    python -m tools.answer RUN --gists FILE --options A,B        chooses one, for each line of stdin
+python -m tools.answer RUN --examples FILE --save FILE       .jsonl with input and output -> .safetensors
+python -m tools.answer RUN --gists FILE --input TEXT         the model writes an answer
+python -m tools.answer RUN --gists FILE --options A,B        chooses one, for each line of stdin
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hashlib
 import os
 import sys
 from collections import Counter
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from data import PLAIN, Episode, Example, report
-from eval import ask, score_options, write_answers
-from gist import Gists, combine, load_gists, save_gists
-from llama import InputError, reading
-from lora import load_tensors
-from tasks import TASKS, Parser, Run, add_places, a_name, open_run, read_args, settle, several
+from data import Episode, Example, report
+from eval import compress, encode_queries, gist_context, score_choices, write_answers
+from gist import Gists
+from llama import InputError, Llama, reading
+from lora import load_tensors, save_tensors
+from run import Parser, Run, a_path, add_options, open_run, read_args, resolve_args, run_command
 from tasks.rows import as_text, parse_line
-from tools import run_command
 from tools.export import check_export, export
 
 
@@ -31,101 +35,156 @@ def belongs_to(run: Run, folder: Path) -> dict[str, str]:
     return {"model": run.hyper.model.checksum, "run": trained.hexdigest()[:16]}
 
 
-def is_prefix(path: Path) -> bool:
-    with suppress(InputError):
-        return path.is_file() and {"model", "run"} <= load_tensors(path)[1].keys()
-    return False
+def save_gists(path: Path, gists: Gists, about: dict[str, str]) -> None:
+    """Keys and values of one prefix at positions 0 … G-1, with a note on what they belong to.
+
+    "0.key", "0.value", … are each [1, K, G, hd], as transformers' DynamicCache.update takes them.
+    """
+    tensors = {"offset": gists.offset}
+    for i, (k, v) in enumerate(gists.past):
+        tensors |= {f"{i}.key": k, f"{i}.value": v}
+    save_tensors(path, tensors, about)
 
 
-def layout(run: Run):
-    """The layout that the run was trained with, or one of them."""
-    return getattr(run.task, "LAYOUT", PLAIN)
+def load_gists(path: Path, about: dict[str, str], model: Llama) -> Gists:
+    """A saved prefix. InputError if another model or run than `about` says made it, or if it doesn't fit the model."""
+    tensors, metadata = load_tensors(path)
+    for key, value in about.items():
+        if metadata.get(key) != value:
+            raise InputError(f"{path}: made with another {key} ({metadata.get(key)}, not {value})")
+    c = model.config
+    weight = model.embed_tokens.weight
+    names = {f"{i}.{part}" for i in range(c.layers) for part in ("key", "value")}
+    if tensors.keys() != names | {"offset"}:
+        raise InputError(f"{path}: not a saved prefix of a model of {c.layers} layers")
+    G = tensors["0.key"].shape[-2] if tensors["0.key"].dim() == 4 else 0
+    shape = (1, c.kv_heads, G, c.head_size)
+    for name in names:
+        x = tensors[name]
+        if not x.numel() or x.shape != shape or not x.is_floating_point() or not x.isfinite().all():
+            raise InputError(f"{path}: {name} isn't {list(shape)} finite numbers")
+    if tensors["offset"].dtype != torch.int64 or tensors["offset"].tolist() != [G]:
+        raise InputError(f"{path}: the offset isn't the position after its gists")
+    tensors = {name: tensors[name].to(weight.device, weight.dtype) for name in names}
+    past = [(tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(c.layers)]
+    return Gists(past, torch.tensor([G], device=weight.device))
+
+
+def read_examples(path: Path) -> list[Example]:
+    """A .jsonl file with input and output."""
+    examples = []
+    with reading(path, "can't be read"):
+        lines = path.read_bytes().splitlines()
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}: line {n}"
+            row = parse_line(line, where)
+            fields = [as_text(row.get(name), f"{where}: {name}") for name in ("input", "output")]
+            examples.append(Example(*fields))
+    if not examples:
+        raise InputError(f"{path}: holds no examples")
+    return examples
 
 
 @torch.no_grad()
 def compress_examples(run: Run, path: Path) -> Gists:
-    """The gists of a user's own examples, a .jsonl file with input and output; says what that saves."""
-    with reading(path, "can't be read"):
-        lines = {f"{path}: line {n}": line for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()}
-    rows = {where: parse_line(line, where) for where, line in lines.items()}
-    examples = [Example(*(as_text(row.get(field), f"{where}: {field}") for field in ("input", "output"))) for where, row in rows.items()]
-    if not examples:
-        raise InputError(f"{path}: holds no examples")
-    way, sets = several(run.args)  # a run that was trained with --chain is given its pieces
-    rows = [run.formatter.context_row(piece, run.hyper.gist_ids) for piece in Episode([], examples, layout(run)).split(sets)]
-    unread = sum((row.left_out for row in rows), Counter())
-    left_out = unread["shots left out"]
-    if left_out == len(examples):
+    """The gists of a user's own examples; says what that saves."""
+    examples = read_examples(path)
+    left_out = Counter()
+    counting = replace(run, formatter=replace(run.formatter, left_out=left_out))
+    context = gist_context(counting, Episode([], examples, run.task.LAYOUT), 0)
+    unread = left_out["shots left out"]
+    if unread == len(examples):
         raise InputError(f"{path}: no example fits into {run.args.context} tokens")
-    if left_out:
-        print(report(unread), file=sys.stderr)
-    tokens = [row.tokens for row in rows]
-    gists = combine(run.hyper, tokens, way) if way else run.hyper.compress(torch.tensor(tokens, device=run.device))
-    count, read, c = sets * len(run.hyper.gists), sum(map(len, tokens)) - sets * len(run.hyper.gists), run.hyper.model.config
-    what = f"{len(examples) - left_out} examples, {read} tokens, became {count} gists"
-    if gists.updates:
-        print(f"{what}: low-rank updates of {sum(x.numel() for pair in gists.updates.values() for x in pair):,} numbers")
-        return gists
-    a_token = 2 * c.layers * c.kv_heads * c.head_size * gists.past[0][0].element_size()
-    print(f"{what}: keys and values of {a_token * count:,} bytes instead of {a_token * read:,}, {read / count:.0f} times as many")
+    if unread:
+        print(report(left_out), file=sys.stderr)
+    gists = compress(run, [context], None)
+    kept = gists.past[0][0].shape[2] if isinstance(gists, Gists) else len(run.hyper.gists)
+    read = sum(len(row.tokens) for row in context) - len(context) * len(run.hyper.gists)
+    what = f"{len(examples) - unread} examples, {read} tokens, became {kept} gists"
+    if isinstance(gists, Gists):
+        bytes_kept = sum(x.numel() * x.element_size() for layer in gists.past for x in layer)
+        times = f"{read / kept:.0f} times as many"
+        what += f": keys and values of {bytes_kept:,} bytes instead of {bytes_kept // kept * read:,}, {times}"
+    print(what)
     return gists
 
 
 @torch.no_grad()
-def answer(run: Run, gists: Gists, text: str, options: list[str]) -> str:
-    """The answer to one input after a prefix: the best option with its probability, or generated text."""
-    episode = Episode([Example(text, "", tuple(options))], [], layout(run))
-    (prompt,), choices = ask(run.formatter, episode)
-    if report(prompt.left_out):
-        print(report(prompt.left_out), file=sys.stderr)
-    if options:
-        mean = run.args.score == "mean"
-        (scores,) = score_options(run.hyper.model, [prompt.tokens], choices, gists, run.hyper.answerer, mean)
-        shares = torch.tensor(scores).softmax(0).tolist()
-        best = max(range(len(options)), key=scores.__getitem__)
-        return f"{options[best]}  ({', '.join(f'{option} {100 * share:.0f} %' for option, share in zip(options, shares))})"
-    return write_answers(run, episode, [prompt.tokens], gists, run.hyper.answerer)[0]
+def answer(run: Run, gists: Gists, text: str, choices: list[str]) -> str:
+    """The answer to one input after a prefix: the best choice with its probability, or generated text."""
+    episode = Episode([Example(text, "", tuple(choices))], [], run.task.LAYOUT)
+    counting = replace(run.formatter, left_out=Counter())
+    prompts, encoded = encode_queries(counting, episode)
+    if report(counting.left_out):
+        print(report(counting.left_out), file=sys.stderr)
+    adapter = run.hyper.downstream_adapter
+    if not choices:
+        return write_answers(run, episode, prompts, gists, adapter)[0]
+    (scores,) = score_choices(run.hyper.model, prompts, encoded, gists, adapter, run.args.score == "mean")
+    shares = torch.tensor(scores).softmax(0).tolist()
+    best = max(range(len(choices)), key=scores.__getitem__)
+    return f"{choices[best]}  ({', '.join(f'{c} {100 * share:.0f} %' for c, share in zip(choices, shares))})"
+
+
+def check_save(path: Path, about: dict[str, str]) -> None:
+    """InputError where --save would replace something other than a prefix of the same run."""
+    if not os.path.lexists(path):
+        return
+    try:
+        same = path.is_file() and load_tensors(path)[1].items() >= about.items()
+    except InputError:
+        same = False
+    if not same:
+        raise InputError(f"--save {path}: would replace something that is not a saved prefix of this run")
 
 
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", metavar="RUN", help="folder of a finished run with a hypernetwork")
-    add("--examples", type=a_name, metavar="FILE", help="compress own examples (.jsonl: input, output; a pipe will do)")
-    add("--save", type=a_name, metavar="FILE", help="keep their gists (.safetensors)")
-    add("--gists", type=a_name, metavar="FILE", help="answer after gists that were kept")
+    add("--examples", metavar="FILE", help="compress own examples (.jsonl: input, output; a pipe will do)")
+    add("--save", metavar="FILE", help="keep their gists (.safetensors)")
+    add("--gists", metavar="FILE", help="answer after gists that were kept")
     add("--input", metavar="TEXT", help="what to answer (default: each line of stdin)")
     add("--options", metavar="A,B,…", help="answers to choose from (default: the model writes its own)")
-    add_places(parser)
+    add_options(parser, "place")
     typed = vars(parser.parse_args())
-    folder, (examples, save, kept, text, options) = Path(typed.pop("folder")), (typed.pop(n, None) for n in ("examples", "save", "gists", "input", "options"))
+    folder = Path(typed.pop("folder"))
+    names = ("examples", "save", "gists", "input", "options")
+    examples, save, kept, text, options = (typed.pop(name, None) for name in names)
+    if "" in (examples, save, kept):
+        raise InputError("an empty file name")
     if (examples is None) == (kept is None):
         raise InputError("name either --examples FILE or --gists FILE")
     if save and not examples:
         raise InputError("--save needs --examples")
-    choices = [option.strip() for option in (options or "").split(",")] if options is not None else []
+    choices = [] if options is None else [as_text(c.strip(), "--options") for c in options.split(",")]
     if not all(choices) or len(set(choices)) < len(choices) or len(choices) == 1:
-        raise InputError(f"--options {options}: needs two or more different answers, with a comma between them")
-    choices = [as_text(option, "--options") for option in choices]
-    if save and os.path.lexists(save) and not is_prefix(Path(save)):
-        raise InputError(f"--save {save}: would replace something that is not a saved prefix")
-    args = settle(typed, read_args(folder))
+        raise InputError(
+            f"--options {options}: needs two or more different answers, with a comma between them"
+        )
+    args = resolve_args(typed, read_args(folder))
+    if not (folder / "adapters.safetensors").exists() or args.method != "hyper" or args.init:
+        raise InputError(f"{folder}: has no hypernetwork to compress examples with")
     if save and args.emit != "kv":
         raise InputError(f"--save: {folder} makes low-rank updates, and what is saved are keys and values")
-    if args.method != "hyper" or not (folder / "adapters.safetensors").exists() or hasattr(TASKS[args.task], "start"):
-        raise InputError(f"{folder}: has no hypernetwork to compress examples with")
-    run, adapter = open_run(args, folder), Path(f"{Path(save or 'gists').with_suffix('')}-adapter")
-    if save and run.hyper.answerer:
-        check_export(adapter, "--save")
-    if examples:
-        gists = compress_examples(run, Path(examples))
-    else:
-        gists = load_gists(Path(kept), belongs_to(run, folder), run.hyper.model)
+    run = open_run(args, folder)
+    downstream = run.hyper.downstream_adapter
+    about = belongs_to(run, folder)
+    adapter = Path(f"{Path(save or 'gists').with_suffix('')}-adapter")
     if save:
-        save_gists(Path(save), gists, belongs_to(run, folder))
+        check_save(Path(save), about)
+        if downstream:
+            check_export(adapter, "--save")
+    gists = (
+        compress_examples(run, Path(examples)) if examples else load_gists(Path(kept), about, run.hyper.model)
+    )
+    if save:
+        save_gists(Path(save), gists, about)
         print(f"saved as {save}, {Path(save).stat().st_size:,} bytes")
-        if run.hyper.answerer:  # elsewhere, the prefix needs the set that answers after it
-            export(run, run.hyper.answerer, adapter)
+        if downstream:  # elsewhere, the prefix needs the set that answers after it
+            export(run, downstream, adapter)
     if text is not None:
         print(answer(run, gists, as_text(text, "--input"), choices))
     elif not save:

@@ -14,6 +14,11 @@ checked before anything is timed; then they alternate, and the medians are compa
 `transformers` and `peft` (pip install transformers peft); without them their rows are left out.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import ctypes
 import gc
 import json
@@ -33,17 +38,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import collate
-from eval import columns, prepare, score, score_options
-from gist import HyperLlama, gist_mask, read_rows
+from data import Sample, collate
+from eval import columns, draw_held_out, score, score_choices
+from gist import HyperLlama, gist_mask, read_rows, with_gists
 from llama import Config, InputError, Linear, Llama, Tokenizer, generate, load, positions_of
-from lora import NF4Linear, add_lora, save_tensors, write_json
-from tasks import PROJECT, Parser, open_run, positive
-from tasks.text import hf_name, write_config
+from lora import NF4Linear, add_lora, save_tensors
+from run import PROJECT, Parser, number, open_run, print_lines, run_command, write_json
+from tasks.hyperpretrain import hf_name, write_config
 from tiny.make import write_jsonl
-from tools import print_lines, run_command
 from tools.cost import LLAMA_2_7B, flops
-from train import loss_of, parse
+from train import cross_entropy, parse
 
 MIDDLE = Config(32000, 1024, 8, 16, 16, 64, 2752, 1e-5, 10000.0, 4096)
 G, RANK, ALPHA = 16, 8, 16
@@ -68,10 +72,14 @@ def random_checkpoint(folder: Path, c: Config) -> Path:
     generator = torch.Generator().manual_seed(0)
     for file, named in tqdm(shards.items(), desc=f"making {folder}"):
         tensors = {
-            name: torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.02, generator=generator)
+            name: torch.ones(shape)
+            if len(shape) == 1
+            else torch.empty(shape).normal_(0, 0.02, generator=generator)
             for name, shape in named.items()
         }
-        save_tensors(folder / file, {hf_name(name): t.bfloat16() for name, t in tensors.items()}, {"format": "pt"})
+        save_tensors(
+            folder / file, {hf_name(name): t.bfloat16() for name, t in tensors.items()}, {"format": "pt"}
+        )
     index = {hf_name(name): file for file, named in shards.items() for name in named}
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     write_config(folder, c)
@@ -80,7 +88,11 @@ def random_checkpoint(folder: Path, c: Config) -> Path:
 
 @cache
 def shape_and_folder(scratch: Path) -> tuple[Config, Path]:
-    return (LLAMA_2_7B, random_checkpoint(scratch / "7b", LLAMA_2_7B)) if CUDA else (MIDDLE, random_checkpoint(scratch / "middle", MIDDLE))
+    return (
+        (LLAMA_2_7B, random_checkpoint(scratch / "7b", LLAMA_2_7B))
+        if CUDA
+        else (MIDDLE, random_checkpoint(scratch / "middle", MIDDLE))
+    )
 
 
 @cache
@@ -102,8 +114,15 @@ def their_model(scratch: Path):
     transformers.utils.logging.disable_progress_bar()
     options = {"dtype": DTYPE, "attn_implementation": "sdpa"}
     if CUDA:
-        quantization = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": DTYPE}
-        options |= {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True, **quantization), "device_map": DEVICE}
+        quantization = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": DTYPE,
+        }
+        options |= {
+            "quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True, **quantization),
+            "device_map": DEVICE,
+        }
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=linears))
@@ -116,15 +135,15 @@ def a_batch(vocab: int, context: int = 1024, gists: int = G, queries: int = 4, l
     def words(count: int) -> list[int]:
         return [1, *rng.choices(range(3, vocab), k=count - 1)]
 
-    examples = words(context - gists) + list(range(vocab, vocab + gists))
+    examples = with_gists(words(context - gists), range(vocab, vocab + gists))
     lengths = [length - 8 + 16 * n // max(1, queries - 1) for n in range(queries)]  # about `length`
     prompts = [words(n - 5) for n in lengths]
-    return collate([examples], [0] * queries, prompts, [words(6)[1:] for _ in prompts]).to(DEVICE)
+    return collate([Sample([examples], [(prompt, words(6)[1:]) for prompt in prompts])]).to(DEVICE)
 
 
 def our_step(scratch: Path, batch, dtype: torch.dtype = DTYPE) -> float:
     hyper = our_model(scratch, dtype)
-    loss = F.cross_entropy(hyper(batch).float(), batch.targets)
+    loss = F.cross_entropy(hyper(batch)[0].float(), batch.targets)
     loss.backward()
     return loss.item()
 
@@ -155,10 +174,13 @@ def their_best_step(scratch: Path, batch) -> float:
     """Two passes with past_key_values, one hyper pass for all queries, logits at the targets alone."""
     peft = their_model(scratch)
     lm = peft.base_model.model
-    cache = their_prefix(scratch, batch.examples, len(batch.tokens))
-    positions = batch.examples.shape[1] + positions_of(batch.tokens)
+    examples = batch.context[0].tokens
+    cache = their_prefix(scratch, examples, len(batch.tokens))
+    positions = examples.shape[1] + positions_of(batch.tokens)
     with peft.disable_adapter():
-        hidden = lm.model(input_ids=batch.tokens, past_key_values=cache, position_ids=positions, use_cache=True).last_hidden_state
+        hidden = lm.model(
+            input_ids=batch.tokens, past_key_values=cache, position_ids=positions, use_cache=True
+        ).last_hidden_state
     loss = F.cross_entropy(lm.lm_head(hidden.flatten(0, 1)[batch.select]).float(), batch.targets)
     loss.backward()
     return loss.item()
@@ -166,13 +188,16 @@ def their_best_step(scratch: Path, batch) -> float:
 
 def their_usual_step(scratch: Path, batch) -> float:
     """The joint pass under a 4-D mask: a row per query, the adapter on throughout, logits everywhere."""
-    T, N = batch.examples.shape[1], len(batch.tokens)
-    examples = batch.examples.expand(N, -1)
+    N = len(batch.tokens)
+    examples = batch.context[0].tokens.expand(N, -1)
+    T = examples.shape[1]
     lm = their_model(scratch).base_model.model
     words = torch.cat((their_embeddings(scratch, examples), lm.get_input_embeddings()(batch.tokens)), dim=1)
     is_gist = torch.cat((examples, batch.tokens), dim=1) >= lm.config.vocab_size
     see = gist_mask(is_gist)[:, None]
-    mask = torch.zeros(see.shape, dtype=words.dtype, device=words.device).masked_fill(~see, torch.finfo(words.dtype).min)
+    mask = torch.zeros(see.shape, dtype=words.dtype, device=words.device).masked_fill(
+        ~see, torch.finfo(words.dtype).min
+    )
     logits = lm(inputs_embeds=words, attention_mask=mask, use_cache=False).logits
     loss = F.cross_entropy(logits[:, T:].flatten(0, 1)[batch.select].float(), batch.targets)
     loss.backward()
@@ -262,7 +287,12 @@ Line = list[str]  # what, ours, the other, how often as good
 def against(what: str, ours: float, other: float, unit: str, digits: int = 2, part: int = 1) -> Line:
     """part: of so many in each way, the time of one is shown."""
     each = spread([b / a for a, b in zip(ours.times, other.times)], ".2f") if isinstance(ours, Median) else ""
-    return [what, f"{ours / part:,.{digits}f} {unit}", f"{other / part:,.{digits}f} {unit}", f"{other / ours:.2f} ×{each}"]
+    return [
+        what,
+        f"{ours / part:,.{digits}f} {unit}",
+        f"{other / part:,.{digits}f} {unit}",
+        f"{other / ours:.2f} ×{each}",
+    ]
 
 
 def step(scratch: Path, repeats: int) -> list[Line]:
@@ -271,7 +301,10 @@ def step(scratch: Path, repeats: int) -> list[Line]:
     ways = {"ours": partial(our_step, scratch, batch)}
     if not peers(scratch):
         return [["training step", f"{side_by_side(repeats, **ways)['ours']:.2f} s", NEEDS_PEERS, ""]]
-    ways |= {"best": partial(their_best_step, scratch, batch), "usual": partial(their_usual_step, scratch, batch)}
+    ways |= {
+        "best": partial(their_best_step, scratch, batch),
+        "usual": partial(their_usual_step, scratch, batch),
+    }
     losses = [function() for function in ways.values()]
     if max(losses) - min(losses) > 1e-3 * losses[0] * (30 if CUDA else 1):
         raise InputError(f"bench: the ways don't do the same work: losses {losses}")
@@ -293,11 +326,16 @@ def memory_of(scratch: Path, way: str) -> float:
 
 def memory(scratch: Path, repeats: int) -> list[Line]:
     """2. What the same step needs at most, beyond the loaded weights."""
-    ours, checkpointed = (statistics.median(alone(memory_of, scratch, way) for _ in range(3)) for way in ("ours", "checkpointed"))
+    ours, checkpointed = (
+        statistics.median(alone(memory_of, scratch, way) for _ in range(3))
+        for way in ("ours", "checkpointed")
+    )
     own = against("peak memory of it, --checkpoint-activations / without", checkpointed, ours, "MB", 0)
     if not peers(scratch):
         return [["peak memory of it", f"{ours:,.0f} MB", NEEDS_PEERS, ""], own]
-    best, usual = (statistics.median(alone(memory_of, scratch, way) for _ in range(3)) for way in ("best", "usual"))
+    best, usual = (
+        statistics.median(alone(memory_of, scratch, way) for _ in range(3)) for way in ("best", "usual")
+    )
     return [
         against("peak memory of it / two passes", ours, best, "MB", 0),
         against("peak memory of it / joint pass", ours, usual, "MB", 0),
@@ -311,36 +349,56 @@ def rank(scratch: Path, repeats: int) -> list[Line]:
     hyper, vocab = our_model(scratch, DTYPE), shape_and_folder(scratch)[0].vocab
     model, rng, n = hyper.model, random.Random(1), 4
     batch = a_batch(vocab, queries=n)
-    shots = batch.examples[0, :-G].tolist()
+    shots = batch.context[0].tokens[0, :-G].tolist()
     prompts = [rng.choices(range(3, vocab), k=91) for _ in range(n)]
     options = [[rng.choices(range(3, vocab), k=5) for _ in range(4)] for _ in range(n)]
+    first = torch.zeros(n, dtype=torch.long, device=DEVICE)
 
     def gists():
-        return score_options(model, prompts, options, hyper.compress(batch.examples)[torch.zeros(n, dtype=torch.long, device=DEVICE)])
+        return score_choices(model, prompts, options, hyper.compress(batch.context[0])[first])
 
     def kept():
-        return score_options(model, prompts, options, read_rows(model, [shots])[torch.zeros(n, dtype=torch.long, device=DEVICE)])
+        return score_choices(model, prompts, options, read_rows(model, [shots])[first])
 
     def rows():  # a full row for each option, the four of a query as a batch
         if not peers(scratch):
-            return [[score_options(model, [shots + prompt], [[option]])[0][0] for option in some] for prompt, some in zip(prompts, options)]
+            return [
+                [score_choices(model, [shots + prompt], [[option]])[0][0] for option in some]
+                for prompt, some in zip(prompts, options)
+            ]
         scores = []
         for prompt, some in zip(prompts, options):
             tokens = torch.tensor([shots + prompt + option for option in some], device=DEVICE)
             with their_model(scratch).disable_adapter():
-                logits = their_model(scratch)(input_ids=tokens, logits_to_keep=len(some[0]) + 1).logits[:, :-1]
-            each = -F.cross_entropy(logits.float().transpose(1, 2), tokens[:, -len(some[0]) :], reduction="none")
+                logits = their_model(scratch)(input_ids=tokens, logits_to_keep=len(some[0]) + 1).logits[
+                    :, :-1
+                ]
+            each = -F.cross_entropy(
+                logits.float().transpose(1, 2), tokens[:, -len(some[0]) :], reduction="none"
+            )
             scores.append(each.sum(1).tolist())
         return scores
 
-    torch.testing.assert_close(torch.tensor(kept()), torch.tensor(rows()), atol=2e-2 * (10 if CUDA else 1), rtol=1e-3)
+    torch.testing.assert_close(
+        torch.tensor(kept()), torch.tensor(rows()), atol=2e-2 * (10 if CUDA else 1), rtol=1e-3
+    )
     found = side_by_side(max(1, repeats // 2), gists=gists, kept=kept, rows=rows)
-    read = {"gists": len(shots) + G + n * 111, "kept": len(shots) + n * 111, "rows": 4 * n * (len(shots) + 96)}
+    read = {
+        "gists": len(shots) + G + n * 111,
+        "kept": len(shots) + n * 111,
+        "rows": 4 * n * (len(shots) + 96),
+    }
     speed = {way: f", {read[way] / found[way]:,.0f} tokens/s" for way in read}
     theirs = "transformers, a full row per option" if peers(scratch) else "one full row per option"
     lines = [
         against(f"ranking 4 options, a query / {theirs}", found["gists"], found["rows"], "s", part=n),
-        against("ranking 4 options, a query / examples in context, read once", found["gists"], found["kept"], "s", part=n),
+        against(
+            "ranking 4 options, a query / examples in context, read once",
+            found["gists"],
+            found["kept"],
+            "s",
+            part=n,
+        ),
     ]
     for line, way in zip(lines, ("rows", "kept")):
         line[1], line[2] = line[1] + speed["gists"], line[2] + speed[way]
@@ -352,18 +410,29 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
     """4. 128 tokens for a batch of eight after gists."""
     hyper, vocab = our_model(scratch, DTYPE), shape_and_folder(scratch)[0].vocab
     batch, rng, n = a_batch(vocab), random.Random(2), 8
-    gists = hyper.compress(batch.examples)[torch.zeros(n, dtype=torch.long, device=DEVICE)]
+    gists = hyper.compress(batch.context[0])[torch.zeros(n, dtype=torch.long, device=DEVICE)]
     prompts = [rng.choices(range(3, vocab), k=48) for _ in range(n)]
     at_gists = torch.full((n,), G, device=DEVICE)  # transformers.generate counts on from the cache's length
 
     def ours():
         return generate(hyper.model, prompts, 128, -1, past=gists.past, offset=at_gists)
 
-    weights = [p for name, p in hyper.model.named_parameters() if "embed_tokens" not in name and ".lora." not in name]
+    weights = [
+        p for name, p in hyper.model.named_parameters() if "embed_tokens" not in name and ".lora." not in name
+    ]
     memory = torch.ones(1 << 28, device=DEVICE, dtype=DTYPE)
     read = side_by_side(repeats, ours=ours, plain=lambda: memory.sum().item())
-    rates = 128 * sum(p.numel() * p.element_size() for p in weights) / read["ours"], memory.numel() * memory.element_size() / read["plain"]
-    reading = [["weights read while generating / a plain sum over memory", *(f"{rate / 1e9:.1f} GB/s" for rate in rates), f"{rates[0] / rates[1]:.0%}"]]
+    rates = (
+        128 * sum(p.numel() * p.element_size() for p in weights) / read["ours"],
+        memory.numel() * memory.element_size() / read["plain"],
+    )
+    reading = [
+        [
+            "weights read while generating / a plain sum over memory",
+            *(f"{rate / 1e9:.1f} GB/s" for rate in rates),
+            f"{rates[0] / rates[1]:.0%}",
+        ]
+    ]
     if not CUDA:  # what bounds it: a matrix product with as few rows as there are prompts
 
         def products(count: int) -> None:
@@ -371,8 +440,17 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
                 if weight.dim() == 2:
                     F.linear(torch.ones(count, weight.shape[1]), weight)
 
-        took, size = [Median([seconds(partial(products, count)) for _ in range(9)]) for count in (n, 1)], sum(w.nbytes for w in weights)
-        reading.append([f"weights read by products of {n} rows / of one", *(f"{size / t / 1e9:.1f} GB/s" for t in took), f"{took[1] / took[0]:.0%}"])
+        took, size = (
+            [Median([seconds(partial(products, count)) for _ in range(9)]) for count in (n, 1)],
+            sum(w.nbytes for w in weights),
+        )
+        reading.append(
+            [
+                f"weights read by products of {n} rows / of one",
+                *(f"{size / t / 1e9:.1f} GB/s" for t in took),
+                f"{took[1] / took[0]:.0%}",
+            ]
+        )
     if not peers(scratch):
         return [["generating 8 × 128 tokens", f"{read['ours']:.2f} s", NEEDS_PEERS, ""], *reading]
     from transformers import DynamicCache
@@ -383,28 +461,37 @@ def generation(scratch: Path, repeats: int) -> list[Line]:
         cache = DynamicCache()
         for i, (k, v) in enumerate(gists.past):
             cache.update(k, v, i)
-        ids = torch.tensor([[0] * G + prompt for prompt in prompts], device=DEVICE)  # zeros stand for what the cache holds
+        ids = torch.tensor(
+            [[0] * G + prompt for prompt in prompts], device=DEVICE
+        )  # zeros stand for what the cache holds
         with peft.disable_adapter():
             options = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
-            out = peft.base_model.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+            out = peft.base_model.model.generate(
+                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options
+            )
         return out[:, ids.shape[1] :].tolist()
 
-    agree = statistics.fmean(a == b for ours_row, their_row in zip(ours(), theirs()) for a, b in zip(ours_row, their_row))
+    agree = statistics.fmean(
+        a == b for ours_row, their_row in zip(ours(), theirs()) for a, b in zip(ours_row, their_row)
+    )
     if agree < 0.9 and not CUDA:  # rounding may send a row another way; in bf16, many
         raise InputError(f"bench: only {agree:.0%} of the generated tokens are the same")
     found = side_by_side(repeats, ours=ours, theirs=theirs)
     peft.train()
-    return [against("generating 8 × 128 tokens / transformers.generate", found["ours"], found["theirs"], "s"), *reading]
+    return [
+        against("generating 8 × 128 tokens / transformers.generate", found["ours"], found["theirs"], "s"),
+        *reading,
+    ]
 
 
 def limit(scratch: Path, repeats: int) -> list[Line]:
     """5. The rate of the hyper pass, forward and backward, beside that of a plain matrix product."""
     hyper, c = our_model(scratch, DTYPE), shape_and_folder(scratch)[0]
     batch = a_batch(c.vocab)
-    T = batch.examples.shape[1]
+    T = batch.context[0].tokens.shape[1]
 
     def hyper_pass():
-        sum(k.sum() + v.sum() for k, v in hyper.compress(batch.examples).past).backward()
+        sum(k.sum() + v.sum() for k, v in hyper.compress(batch.context[0]).past).backward()
 
     x, weight = (torch.randn(n, c.width, device=DEVICE, dtype=DTYPE) for n in (T, c.hidden))
 
@@ -419,9 +506,19 @@ def limit(scratch: Path, repeats: int) -> list[Line]:
     hidden = (c.layers - 2) * 2 * T * T * c.heads * c.head_size
     achieved = (2 * (base - hidden) + 3 * (all_ - base)) / found["hyper_pass"] / 1e9
     plain = 20 * 2 * T * c.width * c.hidden / found["product"] / 1e9
-    turns = [achieved / plain * found["hyper_pass"] / found["product"] * b / a for a, b in zip(found["hyper_pass"].times, found["product"].times)]
+    turns = [
+        achieved / plain * found["hyper_pass"] / found["product"] * b / a
+        for a, b in zip(found["hyper_pass"].times, found["product"].times)
+    ]
     share = f"{achieved / plain:.0%}{spread(turns, '.0%')}"
-    return [["hyper pass, forward and backward / a matrix product", f"{achieved:,.0f} GFLOP/s", f"{plain:,.0f} GFLOP/s", share]]
+    return [
+        [
+            "hyper pass, forward and backward / a matrix product",
+            f"{achieved:,.0f} GFLOP/s",
+            f"{plain:,.0f} GFLOP/s",
+            share,
+        ]
+    ]
 
 
 def bfloat16(scratch: Path, repeats: int) -> list[Line]:
@@ -432,7 +529,9 @@ def bfloat16(scratch: Path, repeats: int) -> list[Line]:
     return [against("training step in bfloat16 / in float32", half, full, "s")]
 
 
-TABLE = {"step": step, "memory": memory, "rank": rank, "generate": generation, "limit": limit} | ({} if CUDA else {"bfloat16": bfloat16})
+TABLE = {"step": step, "memory": memory, "rank": rank, "generate": generation, "limit": limit} | (
+    {} if CUDA else {"bfloat16": bfloat16}
+)
 
 
 # --------------------------------------------------------------------------------------------- the picture
@@ -447,7 +546,11 @@ def growth_of(scratch: Path, context: int, gists: int, queries: int) -> tuple[fl
     return side_by_side(2, call=call)["call"], peak(call)
 
 
-GROWTH = {"tokens of examples and gists": [256, 512, 1024, 2048], "gists": [4, 16, 64], "queries per prefix": [1, 4, 16]}
+GROWTH = {
+    "tokens of examples and gists": [256, 512, 1024, 2048],
+    "gists": [4, 16, 64],
+    "queries per prefix": [1, 4, 16],
+}
 
 
 def growth(scratch: Path) -> None:
@@ -498,7 +601,11 @@ def bare(folder: Path) -> float:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
                 tensor = file.get_tensor(key)
-                kept.append(quantize_4bit(tensor, quant_type="nf4", compress_statistics=True) if "proj" in key else tensor.clone())
+                kept.append(
+                    quantize_4bit(tensor, quant_type="nf4", compress_statistics=True)
+                    if "proj" in key
+                    else tensor.clone()
+                )
     return time.perf_counter() - began
 
 
@@ -518,7 +625,7 @@ def ours_loaded(folder: Path) -> tuple[float, float, float, float]:
     hyper = HyperLlama(model, model.embed_tokens.weight[:G])
     batch = a_batch(model.config.vocab, context=128, queries=1, length=32)
     began = time.perf_counter()
-    F.cross_entropy(hyper(batch).float(), batch.targets).backward()
+    F.cross_entropy(hyper(batch)[0].float(), batch.targets).backward()
     return took, size, most, time.perf_counter() - began
 
 
@@ -528,8 +635,12 @@ def load_7b(scratch: Path) -> None:
         path.read_bytes()
     plain, (took, size, most, trained) = alone(bare, folder), alone(ours_loaded, folder)
     lines = [["Llama-2-7B's shape in NF4", "", ""]]
-    lines.append(["loading", f"{took:.0f} s", f"{took / plain:.2f} × reading and quantizing bare ({plain:.0f} s)"])
-    lines.append(["peak memory", f"{most / 1e3:.2f} GB", f"{most / size:.2f} × the model ({size / 1e3:.2f} GB)"])
+    lines.append(
+        ["loading", f"{took:.0f} s", f"{took / plain:.2f} × reading and quantizing bare ({plain:.0f} s)"]
+    )
+    lines.append(
+        ["peak memory", f"{most / 1e3:.2f} GB", f"{most / size:.2f} × the model ({size / 1e3:.2f} GB)"]
+    )
     lines.append(["a training step, 128 + 32 tokens", f"{trained:.0f} s", ""])
     print_lines(lines, total=False)
 
@@ -538,14 +649,21 @@ def make_p3(folder: Path, tasks: int = 300, rows: int = 30_000) -> Path:
     """Random text as P3: jsonl, with the miniature's held-out tasks after it."""
     if (folder / "splits").exists():
         return folder
-    rng, words = random.Random(0), [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "en", "ir", "ost", "ule")]
+    rng, words = (
+        random.Random(0),
+        [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "en", "ir", "ost", "ule")],
+    )
     for t in tqdm(range(tasks), desc=f"making {folder}"):
         path = folder / f"task_{t:03}"
         path.mkdir(parents=True, exist_ok=True)
         text = rng.choices(words, k=60 + rows)
         with open(path / "train.jsonl", "w") as file:
             for i in range(rows):
-                fields = {"inputs_pretokenized": " ".join(text[i : i + 60]), "targets_pretokenized": text[i], "answer_choices": ["yes", "no"]}
+                fields = {
+                    "inputs_pretokenized": " ".join(text[i : i + 60]),
+                    "targets_pretokenized": text[i],
+                    "answer_choices": ["yes", "no"],
+                }
                 file.write(json.dumps(fields) + "\n")
     tiny = PROJECT / "tiny" / "P3"
     held_out = (tiny / "splits" / "test_tasks.txt").read_text().split()[:1]
@@ -559,7 +677,22 @@ def make_p3(folder: Path, tasks: int = 300, rows: int = 30_000) -> Path:
 def data(scratch: Path) -> None:
     folder, out = make_p3(scratch / "P3"), scratch / "run"
     size = sum(path.stat().st_size for path in folder.glob("task_*/*")) / 1e9
-    options = ["--task", "p3", "--data", folder, "--steps", "1", "--limit", "4", "--sets", "1", "--no-controls", "--out", out, "--overwrite"]
+    options = [
+        "--task",
+        "p3",
+        "--data",
+        folder,
+        "--steps",
+        "1",
+        "--limit",
+        "4",
+        "--sets",
+        "1",
+        "--no-controls",
+        "--out",
+        out,
+        "--overwrite",
+    ]
     began = time.time()
     process = subprocess.Popen([sys.executable, str(PROJECT / "train.py"), *map(str, options)])
     log = out / "log.jsonl"
@@ -569,7 +702,9 @@ def data(scratch: Path) -> None:
     if process.wait():
         raise InputError("bench: the training run failed")
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    print(f"P3 of 300 prompts × 30,000 rows, {size:.1f} GB: the first step was done after {took:.1f} s, {most:.2f} GB resident at most")
+    print(
+        f"P3 of 300 prompts × 30,000 rows, {size:.1f} GB: the first step was done after {took:.1f} s, {most:.2f} GB resident at most"
+    )
 
 
 # --------------------------------------------------------------------------------- two checkouts
@@ -588,7 +723,10 @@ def make_questions(folder: Path, prompts: int = 20, rows: int = 300) -> Path:
         for split, count in (("train", 60), ("validation", rows)):
             made = []
             for _ in range(count):
-                options = [" ".join([word, *rng.choices(words, k=rng.choice((0, n % 3, 3 * (n % 3))))]) for word in rng.sample(words, 4)]
+                options = [
+                    " ".join([word, *rng.choices(words, k=rng.choice((0, n % 3, 3 * (n % 3))))])
+                    for word in rng.sample(words, 4)
+                ]
                 answer = rng.choice(options)
                 made.append((" ".join(rng.choices(words, k=rng.randint(40, 90))), answer, options))
             write_jsonl(folder / name / f"{split}.jsonl", made)
@@ -605,8 +743,23 @@ def whole_runs(what: str, options: list[str | Path], scratch: Path, other: Path,
         results = []
         for way, root in ways.items():
             out, began = scratch.resolve() / way, time.perf_counter()
-            command = [sys.executable, root / "train.py", "--task", "p3", *options, "--out", out, "--overwrite"]
-            subprocess.run(list(map(str, command)), cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            command = [
+                sys.executable,
+                root / "train.py",
+                "--task",
+                "p3",
+                *options,
+                "--out",
+                out,
+                "--overwrite",
+            ]
+            subprocess.run(
+                list(map(str, command)),
+                cwd=root,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             found[way].append(time.perf_counter() - began)
             results.append(json.loads((out / "results.json").read_text()))
         for part in ("average", "std", "baselines", "controls", "tasks"):
@@ -617,8 +770,23 @@ def whole_runs(what: str, options: list[str | Path], scratch: Path, other: Path,
 
 def evaluation(scratch: Path, other: Path, repeats: int) -> Line:
     folder = make_questions(scratch / "questions")
-    options = ["--model", PROJECT / "tiny" / "llama-c", "--data", folder.resolve(), "--steps", "1", "--batch-size", "2", "--measure", "0", "--sets", "1"]
-    return whole_runs(f"evaluating 20 prompts × 300 rows / {other.resolve().name}", options, scratch, other, repeats)
+    options = [
+        "--model",
+        PROJECT / "tiny" / "llama-c",
+        "--data",
+        folder.resolve(),
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--measure",
+        "0",
+        "--sets",
+        "1",
+    ]
+    return whole_runs(
+        f"evaluating 20 prompts × 300 rows / {other.resolve().name}", options, scratch, other, repeats
+    )
 
 
 def command(scratch: Path, other: Path, repeats: int) -> Line:
@@ -626,27 +794,37 @@ def command(scratch: Path, other: Path, repeats: int) -> Line:
 
 
 AGAINST = {"evaluation": evaluation, "command": command}
-KINDS = {"attention": ("attention",), "matrix products": ("::mm", "::addmm", "::bmm"), "silu": ("silu",), "copies": ("cat", "copy_", "index", "where")}
+KINDS = {
+    "attention": ("attention",),
+    "matrix products": ("::mm", "::addmm", "::bmm"),
+    "silu": ("silu",),
+    "copies": ("cat", "copy_", "index", "where"),
+}
 
 
 def profile(scratch: Path) -> None:
     """Shares of the time in torch's operations: five training steps of the default run; an evaluation of its first draw, one thread."""
     args, *_ = parse(["--task", "p3"])
     run = open_run(args)
-    batches = run.task.batches(args, run.hyper, run.formatter)
-    held_out = prepare(run, run.task.load(args, run.formatter, "test")[:4])
+    batches = run.task.batches(run)
+    held_out = draw_held_out(run)
 
     def training():
         for n in range(5):
             batch = batches(0, range(8 * n, 8 * n + 8))
-            (loss_of(run.hyper, batch, args) / len(batch.targets)).backward()
+            logits, gists = run.hyper(batch)
+            (cross_entropy(run.hyper, batch, gists, logits) / len(batch.targets)).backward()
 
     def evaluating():
         for name, column in columns(run, held_out.tasks).items():
-            for t, episodes in enumerate(held_out.episodes[0] if name != "no_prefix" else ()):
+            for t, episodes in enumerate(held_out.episodes[0][:4] if name != "no_prefix" else ()):
                 score(run, column, episodes, held_out.episodes[0][held_out.other(t)], t)
 
-    lines = [["time of torch's operations", "training", "evaluation"], *([kind] for kind in KINDS), ["the rest"]]
+    lines = [
+        ["time of torch's operations", "training", "evaluation"],
+        *([kind] for kind in KINDS),
+        ["the rest"],
+    ]
     threads = torch.get_num_threads()
     for work in (training, evaluating):
         torch.set_num_threads(threads if work is training else 1)
@@ -654,7 +832,11 @@ def profile(scratch: Path) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
             work()
         each = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
-        parts = [sum(value for key, value in each.items() if any(word in key for word in words)) / sum(each.values()) for words in KINDS.values()]
+        parts = [
+            sum(value for key, value in each.items() if any(word in key for word in words))
+            / sum(each.values())
+            for words in KINDS.values()
+        ]
         for line, part in zip(lines[1:], [*parts, 1 - sum(parts)]):
             line.append(f"{part:.0%}")
     torch.set_num_threads(threads)
@@ -667,20 +849,45 @@ ALONE = {"growth": growth, "load": load_7b, "data": data, "profile": profile}  #
 def main() -> None:
     parser = Parser(__doc__)
     rows = [*TABLE, *AGAINST, *ALONE]
-    parser.add_argument("rows", nargs="*", metavar="ROW", default=[], help=f"{', '.join(rows)} (default: {', '.join(TABLE)})")
-    parser.add_argument("--repeats", type=positive, default=7, help="timings of each way, of which the median counts")
-    parser.add_argument("--scratch", type=Path, default=Path("runs/bench"), metavar="DIR", help="where weights and data are made")
-    parser.add_argument("--against", type=Path, default=None, metavar="DIR", help="another checkout, for evaluation and command")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", default=[], help=f"{', '.join(rows)} (default: {', '.join(TABLE)})"
+    )
+    parser.add_argument(
+        "--repeats", type=number(int, 1), default=7, help="timings of each way, of which the median counts"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path("runs/bench"),
+        metavar="DIR",
+        help="where weights and data are made",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="another checkout, for evaluation and command",
+    )
     args = parser.parse_args()
     for row in args.rows:
         if row not in rows:
             parser.error(f"there is no row {row!r}; there are {', '.join(rows)}")
         if row in AGAINST and not (args.against and (args.against / "train.py").exists()):
             parser.error(f"{row}: --against DIR has to name another checkout")
-    lines = [[f"{DEVICE}, {str(DTYPE).removeprefix('torch.')}{', NF4' * CUDA}, {torch.get_num_threads()} threads", "ours", "the other", "ratio"]]
+    lines = [
+        [
+            f"{DEVICE}, {str(DTYPE).removeprefix('torch.')}{', NF4' * CUDA}, {torch.get_num_threads()} threads",
+            "ours",
+            "the other",
+            "ratio",
+        ]
+    ]
     for name in [row for row in args.rows or TABLE if row in TABLE]:
         lines += TABLE[name](args.scratch, args.repeats)
-    lines += [AGAINST[name](args.scratch, args.against, args.repeats) for name in args.rows if name in AGAINST]
+    lines += [
+        AGAINST[name](args.scratch, args.against, args.repeats) for name in args.rows if name in AGAINST
+    ]
     if len(lines) > 1:
         print_lines(lines, total=False)
     for name in [row for row in args.rows if row in ALONE]:

@@ -1,17 +1,26 @@
 """What examples cost in context, kept as keys and values, and as gists (compression included).
 
-    python -m tools.cost RUN        for the run's model, and for Llama-2-7B
-    python -m tools.cost --real     what TinyLlama and Llama-2-7B need, as computed from their shapes
+python -m tools.cost RUN        for the run's model, and for Llama-2-7B
+python -m tools.cost --real     what TinyLlama and Llama-2-7B need, as computed from their shapes
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import math
 import statistics
 from pathlib import Path
 
-from eval import ask
+from eval import encode_queries
 from llama import Config, InputError
-from tasks import TASKS, Parser, Run, add_places, open_run, portable, read_args, settle, several
-from tools import print_lines, run_command
+
+# fmt: off
+from run import (
+    Parser, Run, add_options, open_run, portable, print_lines, read_args, resolve_args, run_command,
+)
+# fmt: on
 
 TINYLLAMA = Config(32000, 2048, 22, 32, 4, 64, 5632, 1e-5, 10000.0, 2048)
 LLAMA_2_7B = Config(32000, 4096, 32, 32, 32, 128, 11008, 1e-5, 10000.0, 4096)
@@ -32,7 +41,9 @@ def flops(c: Config, tokens: int, past: int = 0, logits: int = 0, rank: int = 0,
     asked = linears((c.width, q)) + 2 * 2 * (past + tokens) * q
     rest = linears((q, c.width), *[(c.width, c.hidden)] * 2, (c.hidden, c.width))
     if kept:  # in the last layer but one only the kept positions ask, and the last makes their keys and values alone
-        return (c.layers - 1) * tokens * made + ((c.layers - 2) * tokens + kept) * (asked + rest) + kept * made
+        return (
+            (c.layers - 1) * tokens * made + ((c.layers - 2) * tokens + kept) * (asked + rest) + kept * made
+        )
     layers = c.layers * tokens * (made + asked) + ((c.layers - 1) * tokens + logits) * rest
     return layers + 2 * logits * c.width * c.vocab
 
@@ -53,7 +64,11 @@ def print_needs() -> None:
     for c in (TINYLLAMA, LLAMA_2_7B):
         attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
         matrices, outside = c.layers * (attention + 3 * c.width * c.hidden), 2 * c.vocab * c.width
-        lora = 8 * c.layers * (c.head_size * (2 * c.heads + 2 * c.kv_heads) + 4 * c.width + 3 * (c.width + c.hidden))
+        lora = (
+            8
+            * c.layers
+            * (c.head_size * (2 * c.heads + 2 * c.kv_heads) + 4 * c.width + 3 * (c.width + c.hidden))
+        )
         # forward, and backward through the base for what lies before it: the base's own weights get no gradient
         step = 4 * 2 * (flops(c, 1024, rank=8, kept=16) + 4 * flops(c, 128, 16, 8))
         for name, value in {
@@ -72,18 +87,29 @@ def print_needs() -> None:
 
 
 def print_cost(run: Run) -> None:
-    args, formatter = run.args, run.formatter
-    drawn = [task.evaluation(args.seed, 0, args.shots, 20)[0] for task in run.task.load(args, formatter, "test")]
-    examples = round(statistics.fmean(len(formatter.context_row(e, budget=args.context - args.gists).tokens) for e in drawn))
-    query = round(statistics.fmean(len(p.tokens) for e in drawn for p in ask(formatter, e)[0]))
-    G, written = args.gists, portable(args)
-    print(f"{examples} tokens of examples, {query} of a query (means of {written['data']}), {G} gists; one logit row a query\n")
-    adapted, weight = args.rank if run.hyper.answerer else 0, run.hyper.model.embed_tokens.weight
-    for name, c, size in ((written["model"], run.hyper.model.config, weight.element_size()), ("Llama-2-7B, bf16", LLAMA_2_7B, 2)):
+    args = run.args
+    formatter = run.formatter
+    drawn = [
+        task.evaluation(args.seed, 0, args.shots, 20)[0] for task in run.task.load(args, formatter, "test")
+    ]
+    examples = round(statistics.fmean(len(formatter.context_tokens(e, reserved=args.gists)) for e in drawn))
+    query = round(statistics.fmean(len(p) for e in drawn for p in encode_queries(formatter, e)[0]))
+    G = args.gists
+    written = portable(args)
+    means = f"(means of {written['data']})"
+    print(f"{examples} tokens of examples, {query} of a query {means}, {G} gists; one logit row a query\n")
+    adapted = args.rank if run.hyper.downstream_adapter else 0
+    size = run.hyper.model.embed_tokens.weight.element_size()
+    models = ((written["model"], run.hyper.model.config, size), ("Llama-2-7B, bf16", LLAMA_2_7B, 2))
+    for name, c, size in models:
         kept, each = at_use(c, vars(args), query, size, adapted)
         ways = {  # once, per query, bytes kept
             "in context": (0, flops(c, examples + query, logits=1), 0),
-            "examples kept": (flops(c, examples, kept=examples), flops(c, query, examples, 1), size * 2 * c.layers * c.kv_heads * c.head_size * examples),
+            "examples kept": (
+                flops(c, examples, kept=examples),
+                flops(c, query, examples, 1),
+                size * 2 * c.layers * c.kv_heads * c.head_size * examples,
+            ),
             "gists": (flops(c, examples + G, rank=args.rank, kept=G), each, kept),
         }
         once, each, _ = ways["gists"]
@@ -91,7 +117,15 @@ def print_cost(run: Run) -> None:
         for way, (first, then, kept) in ways.items():
             count = math.floor((once - first) / (then - each)) + 1 if then > each else 0
             after = f"{max(1, count):,} quer{'y' if count < 2 else 'ies'}" if then > each else "never"
-            lines.append([way, f"{first / 1e9:,.2f}", f"{then / 1e9:,.3f}", f"{kept:,}", "" if way == "gists" else after])
+            lines.append(
+                [
+                    way,
+                    f"{first / 1e9:,.2f}",
+                    f"{then / 1e9:,.3f}",
+                    f"{kept:,}",
+                    "" if way == "gists" else after,
+                ]
+            )
         print_lines(lines)
         print()
 
@@ -100,7 +134,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", metavar="RUN", nargs="?", help="folder of a finished run")
     parser.add_argument("--real", action="store_true", help="what real models need")
-    add_places(parser)
+    add_options(parser, "place")
     typed = vars(parser.parse_args())
     if typed.pop("real", False):
         if typed:
@@ -110,12 +144,13 @@ def main() -> None:
     if "folder" not in typed:
         raise InputError("name a RUN, or --real")
     folder = Path(typed.pop("folder"))
-    args = settle(typed, read_args(folder))
-    if args.method != "hyper" or several(args)[0] or args.fuse_instruction:
-        raise InputError(f"{folder}: what is counted are the gists of one set of examples, and nothing beside them")
-    if not hasattr(TASKS[args.task], "load"):
-        raise InputError(f"{folder}: has no tasks with examples to count")
-    print_cost(open_run(args, folder))
+    run = open_run(resolve_args(typed, read_args(folder)), folder)
+    plain = run.args.method == "hyper" and run.hyper.compression.sets == 1 and not run.args.fuse_instruction
+    if not plain or not run.hyper.gist_ids or run.task.evaluate:
+        raise InputError(
+            f"{folder}: what is counted are the gists of one set of a task's examples, nothing beside"
+        )
+    print_cost(run)
 
 
 if __name__ == "__main__":

@@ -6,29 +6,35 @@ Each folder holds adapter_model.safetensors and adapter_config.json: PeftModel.f
 A saved prefix (tools.answer --save) needs no adapter with a frozen downstream model; otherwise it comes with one.
 """
 
-import json
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from pathlib import Path
 
 import torch
 
-from gist import trained
-from llama import InputError, reading
-from lora import linears, save_tensors, write_json
-from tasks import Parser, Run, add_places, open_run, read_args, settle
-from tools import run_command
-from tools.folder import MARK
+from llama import InputError
+from lora import linears, load_tensors, save_tensors
+from run import MARK, Parser, Run, add_options, check_out, open_run, read_args, resolve_args
+from run import run_command, write_json
+
+FILES = {"adapter_config.json", "adapter_model.safetensors"}
+METADATA = {"format": "pt", "made_by": "HyperLlama"}  # an export of ours, which may be replaced
 
 
 def export(run: Run, name: str, folder: Path) -> None:
     """One LoRA set in peft's names. Where the set has no matrices, because they would change nothing, zeros stand."""
-    args, tensors = run.args, {}
+    args = run.args
+    tensors = {}
     for path, linear in linears(run.hyper.model).items():
         lora = linear.lora[name] if name in linear.lora else None
         key = f"base_model.model.model.{path}"
         tensors[f"{key}.lora_A.weight"] = lora.A if lora else torch.zeros(args.rank, linear.inputs)
         tensors[f"{key}.lora_B.weight"] = lora.B if lora else torch.zeros(linear.outputs, args.rank)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    save_tensors(folder / "adapter_model.safetensors", tensors, METADATA)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(Path(args.model).resolve()),
         "r": args.rank, "lora_alpha": args.alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
@@ -40,22 +46,30 @@ def export(run: Run, name: str, folder: Path) -> None:
 
 def check_export(folder: Path, name: str) -> None:
     """InputError where something other than an earlier export would be replaced. name: of the option."""
-    path = folder / "adapter_config.json"
-    theirs = folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {path.name, "adapter_model.safetensors"})
-    with reading(path, "would be replaced"):
-        if theirs or path.exists() and json.loads(path.read_text()).get("peft_type") != "LORA":
-            raise InputError(f"{name}: {folder} holds something else, which isn't replaced")
+    if not folder.exists():
+        return
+    names = {path.name.removesuffix(".partial") for path in folder.iterdir()} if folder.is_dir() else {""}
+    weights = folder / "adapter_model.safetensors"
+    if names and (not names <= FILES or not weights.exists() or load_tensors(weights)[1] != METADATA):
+        raise InputError(
+            f"{name}: {folder} holds something else than an export of ours, which isn't replaced"
+        )
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--out", metavar="DIR", required=True, help="where to write; a folder for each LoRA set")
-    add_places(parser)
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, help="where to write; a folder for each LoRA set"
+    )
+    add_options(parser, "place")
     typed = vars(parser.parse_args())
-    folder, out = Path(typed.pop("folder")), Path(typed.pop("out"))
-    run = open_run(settle(typed, read_args(folder)), folder)
-    names = sorted({name.split(".lora.")[1].split(".")[0] for name in trained(run.hyper) if ".lora." in name})
+    folder = Path(typed.pop("folder"))
+    out = Path(typed.pop("out"))
+    check_out(out)
+    run = open_run(resolve_args(typed, read_args(folder)), folder)
+    sets = {name for linear in linears(run.hyper.model).values() for name in linear.lora}
+    names = sorted(sets & {"hyper", "downstream"})
     if not names:
         raise InputError(f"{folder}: has no LoRA sets")
     if (out / MARK).exists():

@@ -7,6 +7,11 @@ gists and with the examples in context: by where the example stood (first … la
 how many of them had its label. "Lost by the boundary", "lost if surprise", "lost along the way" would show as slopes.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +21,7 @@ from tqdm import tqdm
 from data import Episode
 from eval import BASELINES, MAIN, Column, score
 from llama import InputError
-from tasks import TASKS, Parser, Run, add_places, open_run, positive, read_args, settle, several
-from tools import print_lines, run_command
+from run import Parser, Run, add_options, number, open_run, print_lines, read_args, resolve_args, run_command
 from tools.report import picture, write_picture
 
 COLUMNS: dict[str, Column] = {"gists": MAIN["hyper"], "in context": BASELINES["fewshot"]}
@@ -35,14 +39,17 @@ class Asked:
 
 def asked_back(episode: Episode, count: int) -> Episode:
     """The first examples of an episode, each also a query."""
-    (query, *_), shots = episode.queries, episode.shots[:count]
-    return replace(episode, shots=shots, queries=[replace(s, options=s.options or query.options, references=(s.target,)) for s in shots])
+    choices = episode.queries[0].choices
+    shots = episode.shots[:count]
+    queries = [replace(s, choices=s.choices or choices, references=(s.target,)) for s in shots]
+    return replace(episode, shots=shots, queries=queries)
 
 
 def probe(run: Run, draws: int) -> list[Asked]:
     """For 1, 2, 4, … examples of each held-out task, and all of them."""
-    args, found, tasks = run.args, [], run.task.load(run.args, run.formatter, "test")
-    for task in tqdm(tasks, desc="asking", leave=False):
+    args = run.args
+    found = []
+    for task in tqdm(run.task.load(args, run.formatter, "test"), desc="asking", leave=False):
         for n in range(draws):
             episode = task.evaluation(args.seed, n, args.shots, 1)[0]
             whole = len(episode.shots)
@@ -51,43 +58,54 @@ def probe(run: Run, draws: int) -> list[Asked]:
                 scores = {name: score(run, column, [again], []) for name, column in COLUMNS.items()}
                 labels = [shot.target for shot in again.shots]
                 for place, label in enumerate(labels):
-                    found.append(Asked(place + 1, count, labels.count(label), {name: values[place] for name, values in scores.items()}))
+                    own = {name: values[place] for name, values in scores.items()}
+                    found.append(Asked(place + 1, count, labels.count(label), own))
     return found
+
+
+def grouped(asked: list[Asked], by: str) -> dict[int, list[Asked]]:
+    groups = {}
+    for one in sorted(asked, key=lambda one: getattr(one, by)):
+        groups.setdefault(getattr(one, by), []).append(one)
+    return groups
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", metavar="RUN", help="folder of a finished hypernetwork's run")
     parser.add_argument("--out", metavar="FILE", help="the picture (default: RUN/probe.png)")
-    parser.add_argument("--sets", type=positive, help="draws of examples (5)")
-    add_places(parser)
+    parser.add_argument("--sets", type=number(int, 1), help="draws of examples (5)")
+    add_options(parser, "place")
     typed = vars(parser.parse_args())
-    folder, sets = Path(typed.pop("folder")), typed.pop("sets", 5)
+    folder = Path(typed.pop("folder"))
+    sets = typed.pop("sets", 5)
     out = picture(Path(typed.pop("out", folder / "probe.png")))
-    args = settle(typed, read_args(folder))
-    if several(args)[0]:
-        raise InputError(f"{folder}: its prefixes are made of several sets of examples; what is probed is one")
-    if args.method != "hyper" or not hasattr(TASKS[args.task], "load") or hasattr(TASKS[args.task], "start"):
+    run = open_run(resolve_args(typed, read_args(folder)), folder)
+    if run.args.method != "hyper" or not run.hyper.gist_ids or run.task.evaluate:
         raise InputError(f"{folder}: not the run of a hypernetwork with tasks")
-    found = probe(open_run(args, folder), sets)
+    if run.hyper.compression.sets > 1:
+        raise InputError(
+            f"{folder}: its prefixes are made of several sets of examples; what is probed is one"
+        )
+    found = probe(run, sets)
     if not found:
         raise InputError(f"{folder}: its held-out tasks have no examples to ask back")
     whole = max(asked.count for asked in found)
     pictures = {
-        f"place among {whole} examples": {place: [a for a in found if a.count == whole and a.place == place] for place in range(1, whole + 1)},
-        "number of examples": {count: [a for a in found if a.count == count] for count in sorted({a.count for a in found})},
-        f"examples with its label, of {whole}": {
-            n: some for n in range(1, whole + 1) if (some := [a for a in found if a.count == whole and a.alike == n])
-        },
+        f"place among {whole} examples": grouped([a for a in found if a.count == whole], "place"),
+        "number of examples": grouped(found, "count"),
+        f"examples with its label, of {whole}": grouped([a for a in found if a.count == whole], "alike"),
     }
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, (title, groups) in zip(figure.subplots(1, 3, sharey=True), pictures.items()):
         lines = [[title, *COLUMNS, "asked"]]
-        means = {name: [statistics.fmean(a.scores[name] for a in some) for some in groups.values()] for name in COLUMNS}
-        for i, (x, some) in enumerate(groups.items()):
-            lines.append([str(x), *(f"{values[i]:.1f}" for values in means.values()), str(len(some))])
+        means = {
+            name: [statistics.fmean(a.scores[name] for a in g) for g in groups.values()] for name in COLUMNS
+        }
+        for i, (x, group) in enumerate(groups.items()):
+            lines.append([str(x), *(f"{values[i]:.1f}" for values in means.values()), str(len(group))])
         print_lines(lines, total=False)
         print()
         for name, values in means.items():
@@ -95,7 +113,7 @@ def main() -> None:
         axes.set(xlabel=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.axes[0].set(ylabel=f"examples asked back: {TASKS[args.task].METRIC}, %")
+    figure.axes[0].set(ylabel=f"examples asked back: {run.task.METRIC}, %")
     figure.axes[0].legend(frameon=False)
     write_picture(figure, out)
 

@@ -1,10 +1,17 @@
 """Tables and pictures of finished runs.
 
-    python -m tools.report table DIR…              a line for each folder of runs: mean ± deviation over its runs
-    python -m tools.report plot RUN… --out FILE    curves over steps; --by gists, --by shots: results by an option
+python -m tools.report table DIR…              a line for each folder of runs: mean ± deviation over its runs
+python -m tools.report plot RUN… --out FILE    curves over steps; --by gists, --by shots: results by an option
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import io
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import tasks
 from eval import TITLES, spread
 from gist import gist_mask
 from llama import InputError, reading
-from tasks import COMMON, EVALUATION, MOVABLE, TASKS, WAYS, Parser, read_args
-from tools import run_command
+from lora import replacing
+from run import Parser, names_of, read_args, run_command
 
-TEXT_TITLES = {"zeroshot": "without, before", "fewshot": "A D in full, before", "no_prefix": "without, after", "in_full": "A D in full, after"}
+TEXT_TITLES = {
+    "zeroshot": "without, before",
+    "fewshot": "A D in full, before",
+    "no_prefix": "without, after",
+    "in_full": "A D in full, after",
+}
 TEXT_TITLES |= {"other_task": "other text's gists"}
 
 
@@ -40,13 +53,13 @@ def compare(rows: list[Path]) -> str:
     for row in rows:
         name = row.name if [other.name for other in rows].count(row.name) == 1 else str(row)
         values = table.setdefault(name.replace("_", " "), {})
-        paths = sorted(row.glob("*/results.json"))
+        paths = [path for path in sorted(row.glob("*/results.json")) if not path.parent.name.startswith(".")]
         if not paths:
             raise InputError(f"{row}: holds no runs with results.json")
         for path in paths:
             with reading(path, "not the results of a run"):
                 results = read_results(path.parent)
-                training = [line["seconds"] for line in read_log(path.with_name("log.jsonl"))]
+                training = [line.get("seconds", 0) for line in read_log(path.with_name("log.jsonl"))]
                 columns = {"result": results["average"]} | results["baselines"] | results["controls"]
                 columns |= {"share kept, %": results["kept"]} if "kept" in results else {}
                 metric, args = results["metric"], {"shots": None, "method": None} | results["args"]
@@ -60,7 +73,9 @@ def compare(rows: list[Path]) -> str:
                 values.setdefault(name, []).append(value)
     if len(metrics) > 1:
         raise InputError(f"these runs have different metrics: {', '.join(sorted(metrics))}")
-    names = {name: None for values in table.values() for name in values if name != "seconds"}  # in order, each once
+    names = {
+        name: None for values in table.values() for name in values if name != "seconds"
+    }  # in order, each once
     heads = TITLES | (TEXT_TITLES if metric == "loss" else {})
     heads = [heads[name].format(**args) if name in heads else name for name in names]
     lines = [f"| {metric} | " + " | ".join([*heads, "seconds a run"]) + " |", "|---" * (len(names) + 2) + "|"]
@@ -68,36 +83,52 @@ def compare(rows: list[Path]) -> str:
         cells = []
         for name in names:
             cells_of, digits = values.get(name), 3 if metric == "loss" and "%" not in name else 1
-            spreading = f" ± {statistics.stdev(cells_of):.{digits}f}" if cells_of and len(cells_of) > 1 else ""
+            spreading = (
+                f" ± {statistics.stdev(cells_of):.{digits}f}" if cells_of and len(cells_of) > 1 else ""
+            )
             cells.append(f"{statistics.fmean(cells_of):.{digits}f}{spreading}" if cells_of else "")
         lines.append("| " + " | ".join([row, *cells, f"{statistics.fmean(values['seconds']):.0f}"]) + " |")
     return "\n".join(lines)
 
 
-def curves(runs: list[Path], by: str | None) -> tuple[dict[tuple[str, str], dict[float, list[float]]], str, dict]:
+def curves(
+    runs: list[Path], by: str | None
+) -> tuple[dict[tuple[str, str], dict[float, list[float]]], str, dict]:
     """What to draw: (run's name, column) -> x -> values of all runs; what the values are; the options of the last run."""
     points: dict[tuple[str, str], dict[float, list[float]]] = {}  # (run's name, column) -> x -> values
-    kinds, options = set(), [COMMON | read_args(run) for run in runs]
-    named = {"task", "method", "downstream", "init", "seed", "threads", "run", by} | MOVABLE | EVALUATION - {*WAYS}
-    differs = [name for name in options[0] if name not in named and len({str(args.get(name)) for args in options}) > 1]
+    kinds = set()
+    options = [read_args(run) for run in runs]
+    named = {"task", "method", "downstream", "init", "seed", "run", by} | names_of("place", "eval")
+    differs = [
+        name for name in options[0] if name not in named and len({str(args[name]) for args in options}) > 1
+    ]
     for run, args in zip(runs, options):
-        name = args.get("init") or f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
+        name = (
+            args.get("init")
+            or f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
+        )
         name += "".join(f", {option.replace('_', ' ')} {args.get(option)}" for option in differs)
         with reading(run, "has no readable results or log"):
             if by:
                 results = json.loads((run / "results.json").read_text())
-                kinds.add(TASKS[args["task"]].METRIC)
+                kinds.add(tasks.find(args["task"]).METRIC)
                 rows = [(args[by], {"main": results["average"]} | results["baselines"] | results["controls"])]
             else:
                 lines = read_log(run / "log.jsonl")
                 measured = any("score" in line for line in lines)
-                metric = TASKS[args["task"]].METRIC  # hyperpretraining is measured on P3's held-out tasks
+                metric = tasks.find(
+                    args["task"]
+                ).METRIC  # hyperpretraining is measured on P3's held-out tasks
                 kinds.add({"loss": "accuracy"}.get(metric, metric) if measured else "loss")
                 key = "score" if measured else "loss"
-                rows = [(line["step"], {"main": line[key]} | line.get("controls", {})) for line in lines if key in line]
-                before = read_results(run).get("before") if measured else None
-                rows = rows if before is None or metric == "loss" else [(0, {"main": before}), *rows]
-            if not all(isinstance(value, (int, float)) for x, values in rows for value in (x, *values.values())):
+                rows = [
+                    (line["step"], {"main": line[key]} | line.get("controls", {}))
+                    for line in lines
+                    if key in line
+                ]
+            if not all(
+                isinstance(value, (int, float)) for x, values in rows for value in (x, *values.values())
+            ):
                 raise ValueError("not a number")
         for x, values in rows:
             for column, value in values.items():
@@ -142,7 +173,9 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     write_picture(figure, path)
 
 
-def draw_mask(path: Path, examples: Sequence[str] = ("fox: kilo", "owl: east"), query: str = "fox:", gists: int = 3) -> None:
+def draw_mask(
+    path: Path, examples: Sequence[str] = ("fox: kilo", "owl: east"), query: str = "fox:", gists: int = 3
+) -> None:
     """The gist mask of a small example, with the tokens' positions and the two passes that it falls into."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -153,31 +186,51 @@ def draw_mask(path: Path, examples: Sequence[str] = ("fox: kilo", "owl: east"), 
     kinds, T, end = gist_mask(is_gist)[0].int() * (1 + is_gist.int()), len(names), len(first) + gists
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    axes.pcolormesh(kinds, cmap=ListedColormap(["white", "#9ecae1", "#fdae6b"]), edgecolors="#dddddd", linewidth=0.5)
-    axes.set_yticks(torch.arange(T) + 0.5, [f"{name}  {t - len(first):3d}".replace("-", "−") for t, name in enumerate(names)], family="monospace")
+    axes.pcolormesh(
+        kinds, cmap=ListedColormap(["white", "#9ecae1", "#fdae6b"]), edgecolors="#dddddd", linewidth=0.5
+    )
+    axes.set_yticks(
+        torch.arange(T) + 0.5,
+        [f"{name}  {t - len(first):3d}".replace("-", "−") for t, name in enumerate(names)],
+        family="monospace",
+    )
     axes.set_xticks(torch.arange(T) + 0.5, names, rotation=90, family="monospace")
     axes.axhline(end, color="black", linewidth=1.2)
     passes = [(end / 2, "first pass:\nthe hypernetwork\n(LoRA on)")]
-    passes += [((end + T) / 2, f"second pass:\nthe downstream model\n(LoRA off), offset {gists};\nonly the gists are left\nof the first")]
+    passes += [
+        (
+            (end + T) / 2,
+            f"second pass:\nthe downstream model\n(LoRA off), offset {gists};\nonly the gists are left\nof the first",
+        )
+    ]
     for y, text in passes:
         axes.text(T + 0.3, y, text, va="center")
-    axes.set(ylabel="a token that looks, and its position", xlabel="a token that it may look at", aspect="equal")
+    axes.set(
+        ylabel="a token that looks, and its position", xlabel="a token that it may look at", aspect="equal"
+    )
     axes.invert_yaxis()
     write_picture(figure, path)
 
 
 def picture(path: Path) -> Path:
-    """A name that a picture can have."""
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    """A name that a picture can have; InputError where it would replace a picture that isn't ours."""
+    if path.suffix not in PICTURES:
         raise InputError(f"--out {path}: a picture's name ends in .png, .svg or .pdf")
+    if os.path.lexists(path) and not (path.is_file() and MADE_BY.encode() in path.read_bytes()):
+        raise InputError(f"--out {path}: would replace something that isn't a picture of ours")
     return path
 
 
+MADE_BY = "HyperLlama, tools.report"  # in the pictures' metadata: these may be replaced
+PICTURES = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # where each kind says so
+
+
 def write_picture(figure, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as problem:
-        raise InputError(f"{path}: can't be written ({problem.strerror})") from None
+    drawn = io.BytesIO()  # (where a disk is full, matplotlib's own writers can raise anything)
+    metadata = {PICTURES[path.suffix]: MADE_BY}
+    figure.savefig(drawn, dpi=110, format=path.suffix.removeprefix("."), metadata=metadata)
+    with replacing(path) as partial:
+        partial.write_bytes(drawn.getvalue())
     print(f"written: {path}")
 
 
@@ -185,8 +238,15 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("what", choices=["table", "plot"])
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs (table), or runs (plot)")
-    parser.add_argument("--out", metavar="FILE", default="runs/curves.png", help="where to draw (runs/curves.png)")
-    parser.add_argument("--by", choices=["gists", "shots"], default=None, help="results by this option, rather than curves over steps")
+    parser.add_argument(
+        "--out", metavar="FILE", default="runs/curves.png", help="where to draw (runs/curves.png)"
+    )
+    parser.add_argument(
+        "--by",
+        choices=["gists", "shots"],
+        default=None,
+        help="results by this option, rather than curves over steps",
+    )
     asked = parser.parse_args()
     folders = [Path(folder) for folder in asked.folders]
     if asked.what == "table":

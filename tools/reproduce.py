@@ -6,6 +6,11 @@ Three seeds of each row, so many runs at a time with one thread each; finished r
 stopped and started again. Tables and verdicts are computed; the prose beside them quotes no number.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the process, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 import shutil
 import statistics
@@ -16,8 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llama import InputError, read_config
-from tasks import PROJECT, Parser, positive
-from tools import run_command
+from run import PROJECT, Parser, number, run_command
 from tools.cost import at_use
 from tools.report import compare, draw_mask, plot, read_results
 
@@ -44,7 +48,8 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "fine-tuned 16-shot": f"--task p3 {BASE} --method fewshot --measure 0",
     },
     "prefix": {
-        f"{init}": f"--task prefix {C} --init {init}" + " --run runs/reproduce/p3/C/seed{seed}" * (init == "hyper")
+        f"{init}": f"--task prefix {C} --init {init}"
+        + " --run runs/reproduce/p3/C/seed{seed}" * (init == "hyper")
         for init in ("hyper", "shared", "random", "reparam", "text", "propagate")
     },
     "helps": {row: f"--task p3 {options} --measure 0" for row, options in HELPS.items()},
@@ -78,7 +83,12 @@ ORDERS = {  # what the paper finds: the first row above the second
     ],
     "symbol": [("HyperLlama", "0-shot"), ("few-shot", "HyperLlama"), ("symbol-tuned few-shot", "few-shot")],
 }  # fmt: skip
-TITLES = {"p3": "P3", "prefix": "Prefix tuning", "sni": "Super-NaturalInstructions", "symbol": "Symbol tuning"}
+TITLES = {
+    "p3": "P3",
+    "prefix": "Prefix tuning",
+    "sni": "Super-NaturalInstructions",
+    "symbol": "Symbol tuning",
+}
 TITLES = {"text": "Compression hyperpretraining on text", **TITLES, "helps": "What helps"}
 WORDS = {
     "p3": """Accuracy, the mean over the held-out prompts, sixteen examples, five draws of them. 0-shot and few-shot columns are the
@@ -118,16 +128,28 @@ def job(table: str, row: str, options: str, seed: int) -> None:
         return
     program = "eval.py" if options.startswith("plain") else "train.py"
     argv = options.removeprefix("plain").format(seed=seed).split() + ["--seed", str(seed), "--out", str(out)]
-    argv += ["--resume"] * (out / "args.json").exists()
+    if program == "train.py" and (out / "args.json").exists():
+        argv.append("--resume" if (out / "state.safetensors").exists() else "--overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
     log, began = out.with_suffix(".log"), time.time()
     with open(log, "w") as file:
-        ended = subprocess.run([sys.executable, PROJECT / program, *argv], stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    print(f"{'done' if ended.returncode == 0 else f'FAILED, see {log}'}  {out}  {time.time() - began:.0f} s", flush=True)
+        ended = subprocess.run(
+            [sys.executable, PROJECT / program, *argv],
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    print(
+        f"{'done' if ended.returncode == 0 else f'FAILED, see {log}'}  {out}  {time.time() - began:.0f} s",
+        flush=True,
+    )
 
 
 def values(table: str, row: str) -> list[float]:
-    return [read_results(path.parent)["average"] for path in sorted((ALL / table / row.replace(" ", "_")).glob("*/results.json"))]
+    return [
+        read_results(path.parent)["average"]
+        for path in sorted((ALL / table / row.replace(" ", "_")).glob("*/results.json"))
+    ]
 
 
 def verdicts(table: str) -> list[str]:
@@ -137,7 +159,10 @@ def verdicts(table: str) -> list[str]:
         a, b = values(table, above), values(table, below)
         if min(len(a), len(b)) < 2:
             continue
-        gap, spread = statistics.fmean(a) - statistics.fmean(b), (statistics.variance(a) + statistics.variance(b)) ** 0.5
+        gap, spread = (
+            statistics.fmean(a) - statistics.fmean(b),
+            (statistics.variance(a) + statistics.variance(b)) ** 0.5,
+        )
         verdict = "holds" if gap > spread else "doesn't hold" if gap < -spread else "within the spread"
         lines.append(f"| {above} above {below} | {verdict} | {gap:+.1f} ± {spread:.1f} |")
     return ["| the paper's order | here | difference |", "|---|---|---|", *lines] if lines else []
@@ -150,7 +175,11 @@ def costs(rows: list[Path], query: int = 32) -> list[str]:
         args = read_results(next(row.glob("*/results.json")).parent)["args"]
         size, operations = at_use(c, args, query, 4)
         lines.append(f"| {row.name.replace('_', ' ')} | {size:,} | {operations / 1e6:.1f} |")
-    return [f"| at use | bytes of a prefix | million operations of a query of {query} tokens |", "|---|---|---|", *lines]
+    return [
+        f"| at use | bytes of a prefix | million operations of a query of {query} tokens |",
+        "|---|---|---|",
+        *lines,
+    ]
 
 
 def write_results(path: Path) -> None:
@@ -163,11 +192,24 @@ def write_results(path: Path) -> None:
         rows = [ALL / table / row.replace(" ", "_") for row in ROWS.get(table, ()) if values(table, row)]
         if table == "text":
             rows = [C_FOLDER.parent]
-        short = [f"{row.name} ({n})" for row in rows if table != "text" and (n := len(values(table, row.name))) < len(SEEDS)]
+        short = [
+            f"{row.name} ({n})"
+            for row in rows
+            if table != "text" and (n := len(values(table, row.name))) < len(SEEDS)
+        ]
         if table == "helps" and rows:
             rows = [ALL / "p3" / row for row in ("HyperLlama", "C") if values("p3", row)] + rows
         if rows:
-            text += ["", f"## {title}", "", WORDS[table], "", compare(rows).replace("| tiny |", "| tiny/llama-c |"), "", *verdicts(table)]
+            text += [
+                "",
+                f"## {title}",
+                "",
+                WORDS[table],
+                "",
+                compare(rows).replace("| tiny |", "| tiny/llama-c |"),
+                "",
+                *verdicts(table),
+            ]
             text += ["", f"Fewer than three seeds: {', '.join(short)}."] if short else []
             text += ["", *costs(rows)] if table == "helps" else []
         if table in PICTURES and rows:
@@ -182,26 +224,45 @@ def draw(figures: Path) -> None:
     figures.mkdir(exist_ok=True)
     draw_mask(figures / "mask.png")
     c = [path for path in runs["p3"] if path.parent.name == "C"]
-    pictures = {"prefix-tuning": (runs["prefix"], None), "training": (c, None), "hyperpretraining": ([C_FOLDER], None)}
+    pictures = {
+        "prefix-tuning": (runs["prefix"], None),
+        "training": (c, None),
+        "hyperpretraining": ([C_FOLDER], None),
+    }
     pictures |= {name: (runs[name] and runs[name] + c, name) for name in ("gists", "shots")}
     for name, (chosen, by) in pictures.items():
         if chosen:
             plot(chosen, figures / f"{name}.png", by)
     if c:
-        subprocess.run([sys.executable, "-m", "tools.probe", c[0], "--sets", "3", "--out", figures / "probe.png"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "tools.probe", c[0], "--sets", "3", "--out", figures / "probe.png"],
+            check=True,
+        )
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time (2)")
-    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="TABLE", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--jobs", type=number(int, 1), default=2, help="runs at a time (2)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(ROWS),
+        default=list(ROWS),
+        metavar="TABLE",
+        help=f"of {', '.join(ROWS)}",
+    )
     asked = parser.parse_args()
     os.chdir(PROJECT)
     if shutil.disk_usage(".").free < 2 << 30:
         raise InputError("less than 2 GB of disk are free")
     with ThreadPoolExecutor(asked.jobs) as pool:
         for table in asked.only:  # one after the other: prefixes start from runs of P3
-            list(pool.map(lambda one: job(table, *one), [(row, options, seed) for row, options in ROWS[table].items() for seed in SEEDS]))
+            list(
+                pool.map(
+                    lambda one: job(table, *one),
+                    [(row, options, seed) for row, options in ROWS[table].items() for seed in SEEDS],
+                )
+            )
     draw(Path("figures"))
     write_results(Path("RESULTS.md"))
 

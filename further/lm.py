@@ -1,0 +1,45 @@
+"""Ordinary language modelling of the same text, beside compression.
+
+Hyperpretraining alone makes a small model forget how to read its whole context; the text that a step
+compresses is there anyway, and can be read once more as it is. (The paper's C is large enough without.)
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from data import Batch, Term
+from llama import InputError, int_tensor
+from run import option
+
+OPTIONS = {"lm": option(0.0, help="hyperpretrain: weight of ordinary language modelling on the same text")}
+compression = None  # the prefix stays as it is
+
+
+def check(args) -> None:
+    if args.task != "hyperpretrain":
+        raise InputError("--lm belongs to --task hyperpretrain")
+
+
+def terms(run, terms: list[Term]) -> list[Term]:
+    if not run.args.lm:
+        return terms
+
+    def loss(hyper, batch: Batch, gists, logits) -> Tensor:
+        text = whole_text(batch)
+        logits, _ = hyper(text)
+        return cross_entropy(logits.float(), text.targets, reduction="sum")
+
+    return [*terms, Term(run.args.lm, lambda batch: len(whole_text(batch).targets), loss)]
+
+
+def whole_text(batch: Batch) -> Batch:
+    """BOS A B C D as rows without anything to compress. Contexts are BOS A D and gists, targets B C."""
+    (rows,) = batch.context
+    B, T = rows.tokens.shape
+    outer = (T - rows.kept.shape[1] - 1) // 2
+    bos, a, d = rows.tokens[:, : -rows.kept.shape[1]].split([1, outer, outer], dim=1)
+    text = torch.cat((a, batch.targets.view(B, -1), d), dim=1)
+    tokens = torch.cat((bos, text[:, :-1]), dim=1)
+    select = torch.arange(tokens.numel(), device=tokens.device)
+    return Batch(None, int_tensor(range(B), tokens.device), tokens, select, text.flatten(), tokens.numel())

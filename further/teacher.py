@@ -1,0 +1,88 @@
+"""What the full context says, as a teacher: two terms of the loss.
+
+    --distill W           W × the Kullback-Leibler divergence from the base's answer with all examples in
+                          context (HINT's second-best ingredient)
+    --weight-by-context   a target counts by what the full context is worth for it, in nats ("token
+                          importance", arXiv 2412.17483)
+
+A teacher helps where it is better than its pupil: RESULTS.md, "What helps".
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Batch, Term
+from gist import read_rows
+from llama import InputError
+from run import option
+
+OPTIONS = {
+    "distill": option(
+        0.0, help="weight of how far answers after gists are from the base's with all examples in context"
+    ),
+    "weight_by_context": option(
+        False, help="weight each target token by how much the full context lowers its loss"
+    ),
+}
+compression = None  # the prefix stays as it is
+LEAST_WORTH = 0.1  # a target's weight where the context is worth nothing for it, in nats
+
+
+def check(args) -> None:
+    if args.method != "hyper" or args.task == "prefix":
+        raise InputError(
+            "--distill and --weight-by-context belong to a hypernetwork that is trained to compress"
+        )
+    if args.task == "hyperpretrain" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--distill and --weight-by-context need a single process where the model is sharded")
+
+
+def terms(run, terms: list[Term]) -> list[Term]:
+    args = run.args
+    if args.weight_by_context:
+        main, *others = terms
+        terms = [main._replace(loss=weighted), *others]
+    if args.distill:
+        terms = [*terms, Term(args.distill, lambda batch: len(batch.targets), divergence)]
+    return terms
+
+
+def weighted(hyper, batch: Batch, gists, logits: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+    return (context_gain(hyper, batch) * losses).sum()
+
+
+def divergence(hyper, batch: Batch, gists, logits: Tensor) -> Tensor:
+    student = logits.float().log_softmax(-1)
+    teacher = teacher_logits(hyper, batch).log_softmax(-1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+@torch.no_grad()
+def context_gain(hyper, batch: Batch) -> Tensor:
+    """By how many nats the full context lowers the loss of each target; at least LEAST_WORTH. [M]"""
+    alone = F.cross_entropy(
+        hyper.model(batch.tokens, select=batch.select)[0].float(), batch.targets, reduction="none"
+    )
+    taught = F.cross_entropy(teacher_logits(hyper, batch), batch.targets, reduction="none")
+    return (alone - taught).clamp(min=LEAST_WORTH)
+
+
+@torch.no_grad()
+def teacher_logits(hyper, batch: Batch) -> Tensor:
+    """What the bare base predicts at the targets with all examples in context. [M, V]"""
+    V = hyper.model.config.vocab
+    contexts = [[] for _ in batch.context[0].tokens]
+    for rows in batch.context:
+        for context, tokens in zip(contexts, rows.tokens.tolist()):
+            end = max(t for t, token in enumerate(tokens) if token >= V)  # padding follows the last gist
+            context += [token for token in tokens[bool(context) : end] if token < V]  # one BOS is enough
+    T = batch.tokens.shape[1]
+    # The examples have a BOS, so a query has none, as in the few-shot column (text has nothing else).
+    bos = int((batch.select % T).min() > 0)
+    past = read_rows(hyper.model, contexts)[batch.row].as_past(T - bos)
+    select = batch.select - bos * (batch.select // T + 1)  # the same places in [N, T - bos]
+    return hyper.model(batch.tokens[:, bos:], **past, select=select)[0].float()

@@ -1,0 +1,51 @@
+"""What a task is where its own file (p3.py, …) says nothing else."""
+
+import run
+from data import PLAIN, Episode, EpisodeBatches
+from llama import InputError
+
+OPTIONS = {}  # its own options: name -> run.option(…)
+WITHOUT = ("instruction_downstream",)  # options that mean nothing to it
+ONE_SET = False  # whether its examples are given, so that there is only one set of them
+LAYOUT = PLAIN  # for one's own examples (tools.answer)
+evaluate = None  # (run) -> results and table, instead of eval.evaluate
+prefix_of = (
+    None  # (run, task number) -> Gists: prefixes that are trained themselves, instead of a hypernetwork's
+)
+
+build = run.build
+restore = run.restore
+save = run.save_adapters
+
+
+def check(args) -> None:
+    """InputError for options that don't go together."""
+
+
+def batches(a_run) -> EpisodeBatches:
+    """(seed, numbers of rows) -> data.Batch."""
+    args = a_run.args
+    tasks = a_run.task.load(args, a_run.formatter, "train")
+    hyper = a_run.hyper
+    instruct = "inside" if args.instruction_downstream else "no"
+    return EpisodeBatches(
+        tasks, a_run.formatter, args.method, args.shots, hyper.gist_ids, hyper.compression, instruct
+    )
+
+
+def watched(a_run):
+    """The run whose held-out tasks are scored along the way and at the end."""
+    return a_run
+
+
+def without_a_model(episodes: list[list[Episode]]) -> dict:
+    """Scores of answers that need no model: name -> task -> draw."""
+    return {}
+
+
+def shard(hyper) -> None:
+    """Divide the model among processes, where all of it is trained."""
+
+
+def start(a_run, tasks, out, train) -> None:
+    """What a prefix starts from (prefix tuning)."""

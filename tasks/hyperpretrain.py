@@ -1,0 +1,382 @@
+"""Compression hyperpretraining (paper, Section 5): text instead of tasks, all parameters, no LoRA.
+
+A token sequence is cut in four segments A B C D. A and D are compressed, and the downstream model
+predicts B and C after their gists. The result is a checkpoint with gists of its own, usable as --model.
+"""
+
+import gzip
+import math
+import mmap
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Batch, Formatter, Sample, collate
+from gist import HyperLlama, Rows, read_rows, with_gists
+from llama import Config, InputError, Tokenizer, reading
+from lora import save_tensors
+from run import Options, Run, option, portable, resolve_args, write_json
+from run import build as build_hyper
+from tasks import find
+from tasks.rows import as_text, existing, map_file, parse_line
+
+FOLDER = "text"
+MODEL = "llama"
+METRIC = "loss"
+OPTIONS = {
+    "in_order": option(False, help="hyperpretrain: read the files of text one after the other, by name"),
+    "held_out": option(
+        kind=Path,
+        role="course",
+        help="hyperpretrain: P3 folder whose held-out tasks --measure scores (the miniature's)",
+    ),
+}
+WITHOUT = ("shots", "sets", "score", "rank", "alpha", "controls", "instruction_downstream", "average")
+DEFAULTS = {
+    "large": {"steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5, "sets": 1},
+    "tiny": {
+        "steps": 2000, "batch_size": 24, "optimizer": "muon", "lr": 1e-2, "gist_lr": 2.5e-3,
+        "lm": 0.5, "in_order": True, "context": 145, "query_length": 65, "sets": 1, "measure": 7,
+    },
+}  # fmt: skip
+
+
+def load(args: Options, formatter: Formatter, split: str) -> list:
+    raise InputError("--task hyperpretrain has text, and no tasks with examples")
+
+
+def check(args: Options) -> None:
+    if args.method != "hyper" or args.quantize:
+        raise InputError("--task hyperpretrain trains all parameters: no --quantize, no --method but hyper")
+    if args.downstream != "frozen":
+        raise InputError(f"--downstream {args.downstream} belongs to a run with LoRA sets, not to this one")
+
+
+def build(args: Options) -> HyperLlama:
+    return build_hyper(args, full_finetune=True)
+
+
+def restore(args: Options, folder: Path) -> HyperLlama:
+    """What was trained is a whole checkpoint, with its gists."""
+    return build(replace(args, model=str(folder))).requires_grad_(False)
+
+
+def save(hyper: HyperLlama, out: Path, tensors: dict[str, Tensor], args: Options) -> None:
+    """The whole model as a Hugging Face folder, in bfloat16, and its gists."""
+    save_tensors(out / "gists.safetensors", {"gists": tensors["gists"]}, {})
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    save_checkpoint(out, hyper.model.config, weights)
+    shutil.copyfile(Tokenizer(args.model).path, out / "tokenizer.model")
+
+
+def batches(run: Run) -> "TextBatches":
+    args = run.args
+    rows = args.steps * args.accumulate * args.batch_size if args.in_order else 0
+    text = TextBatches(args.data, run.formatter, run.hyper.gist_ids, rows)
+    text(args.seed, range(WINDOWS), test=True)  # what can't be read for evaluation is found before training
+    return text
+
+
+def watched(run: Run) -> Run | None:
+    """Hyperpretraining is watched on P3's held-out tasks, after gists of 16 examples."""
+    args = run.args
+    if not args.measure:
+        return None
+    if dist.is_initialized():
+        raise InputError("--measure of --task hyperpretrain needs a single process")
+    own = {name: getattr(args, name) for name in ("model", "gists", "seed", "limit", "eval_tokens")}
+    data = {"data": args.held_out} if args.held_out else {}
+    probe = resolve_args(own | data | {"task": "p3", "steps": 0, "sets": 1})
+    return Run(probe, run.hyper, Formatter(run.formatter.tokenizer, probe.context, probe.query_length))
+
+
+class TextBatches:
+    """Segments A B C D of text: A and D are compressed, B C is predicted after their gists (Section 5).
+
+    A and D fill the formatter's context, B and C its query length. Files (.jsonl or .jsonl.gz
+    with `text`) are never read whole: a window begins at a random byte of them. The documents in the
+    last twentieth of each file (at least one) are kept for evaluation; a file of one document trains.
+
+    in_order  so many rows take the files one after the other, by name; 0: each row draws a file
+    """
+
+    def __init__(self, folder: str | Path, formatter: Formatter, gist_ids: Sequence[int], in_order: int = 0):
+        folder = existing(folder)
+        paths = (path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
+        self.paths = sorted(path for path in paths if path.is_file())
+        if not self.paths:
+            raise InputError(f"{folder}: no .jsonl or .jsonl.gz files with text")
+        self.formatter = formatter
+        self.gist_ids = gist_ids
+        self.in_order = in_order
+        self.outer = (formatter.context - len(gist_ids) - 1) // 2  # tokens of A, and of D
+        self.inner = (formatter.query_length - 1) // 2  # of B, and of C
+        if min(self.outer, self.inner) < 1:
+            raise InputError("--context and --query-length leave no room for segments of text")
+        self.unpacked: dict[int, mmap.mmap | bytes] = {}
+        bounds = [self.bounds(n) for n in range(len(self.paths))]
+        self.borders, self.sizes = zip(*bounds)  # training reads up to the border, evaluation from there
+        if self.borders == self.sizes:
+            raise InputError(f"{folder}: too few documents to keep some for evaluation")
+
+    def __str__(self) -> str:
+        return f"{len(self.paths)} files of text"
+
+    def bounds(self, n: int) -> tuple[int, int]:
+        """Where file number n's documents for evaluation begin, and where its last one ends, in bytes."""
+        path = self.paths[n]
+        data = self.data(n)
+        size = len(data)
+        while size and data[size - 1 : size].isspace():
+            size -= 1
+        first = 0
+        while (
+            first < size and data[first : first + 1].isspace()
+        ):  # blank lines may come before the first document
+            first += 1
+        if not size:
+            raise InputError(f"{path}: is empty")
+        text_of(
+            data, first, data.find(b"\n", first, size) + 1 or size, path
+        )  # another kind of file is found now
+        border = (
+            data.find(b"\n", max(first, size * 19 // 20), size) + 1
+        )  # the first document after 19 twentieths,
+        border = (
+            border or data.rfind(b"\n", first, size) + 1
+        )  # or the last one, if it is longer than a twentieth
+        if not border:
+            print(f"{path}: a single document, so none of it is kept for evaluation", file=sys.stderr)
+            return size, size
+        return border, size
+
+    def data(self, n: int) -> mmap.mmap | bytes:
+        """The bytes of file number n.
+
+        Nothing can be found inside a .gz: it is unpacked once, into a file that has no name and ends with us.
+        """
+        path = self.paths[n]
+        if path.suffix != ".gz":
+            return map_file(path)
+        if n not in self.unpacked:
+            with (
+                reading(path, "can't be unpacked"),
+                tempfile.TemporaryFile() as file,
+                gzip.open(path) as packed,
+            ):
+                room = 100 * path.stat().st_size + (1 << 26)  # text packs ten to one
+                while block := packed.read(1 << 20):
+                    file.write(block)
+                    if file.tell() > room:
+                        raise InputError(
+                            f"{path}: unpacks to more than a hundred times its size, so it isn't text"
+                        )
+                file.flush()
+                self.unpacked[n] = (
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
+                )
+        return self.unpacked[n]
+
+    def file(self, rng: random.Random, test: bool, number: int) -> int:
+        """The file of a row: drawn by size, or (in order) the one that the row's share falls in."""
+        if self.in_order and not test:
+            ends = list(accumulate(self.sizes))
+            share = number * ends[-1]
+            return next(n for n, end in enumerate(ends) if share < self.in_order * end or end == ends[-1])
+        weights = [size - border if test else size for size, border in zip(self.sizes, self.borders)]
+        return rng.choices(range(len(self.paths)), weights)[0]
+
+    def window(self, rng: random.Random, test: bool, number: int = 0) -> list[int]:
+        """The tokens of A B C D: a stretch of one text, or of several where they are short."""
+        needed = 2 * (self.outer + self.inner)
+        eos = self.formatter.tokenizer.eos
+        n = self.file(rng, test, number)
+        data = self.data(n)
+        start, end = (self.borders[n], self.sizes[n]) if test else (0, self.borders[n])
+        line = data.find(b"\n", rng.randrange(start, end), end) + 1 or start  # the beginning of some line
+        tokens: list[int] = []
+        for _ in range(needed + 1):
+            line = start if line >= end else line
+            while not data[line : (stop := data.find(b"\n", line, end) + 1 or end)].strip():  # a blank line
+                line = start if stop >= end else stop
+            text = text_of(data, line, stop, self.paths[n])
+            # A text needn't be read whole: no token has more than 32 letters on average.
+            skip = rng.randrange(max(1, len(text) - 32 * needed)) if not tokens else 0
+            piece = self.formatter.tokenizer.encode(text[skip : skip + 32 * needed])
+            if not tokens and len(piece) > needed:
+                first = rng.randrange(len(piece) - needed + 1)
+                piece = piece[first : first + needed]
+            tokens += piece + [eos]
+            if len(tokens) > needed:
+                return tokens[:needed]
+            line = stop
+        raise InputError(f"{self.paths[n]}: its texts are empty")
+
+    def __call__(self, seed: int, numbers: Sequence[int], test: bool = False) -> Batch:
+        """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
+        return collate([self.sample(seed, number, test) for number in numbers])
+
+    def sample(self, seed: int, number: int, test: bool) -> Sample:
+        tokens = self.window(random.Random(f"{'test ' * test}{seed} {number}"), test, number)
+        bos = self.formatter.tokenizer.bos
+        end_of_c = self.outer + 2 * self.inner
+        a_and_d = tokens[: self.outer] + tokens[end_of_c:]
+        b_and_c = tokens[self.outer : end_of_c]
+        return Sample([with_gists([bos, *a_and_d], self.gist_ids)], [([bos], b_and_c)])
+
+
+def text_of(data: mmap.mmap | bytes, start: int, stop: int, path: Path) -> str:
+    """The text of one line."""
+    try:
+        return as_text(parse_line(data[start:stop], "").get("text"), "text")
+    except InputError as problem:  # only now are lines counted
+        line = data[:start].count(b"\n") + 1
+        raise InputError(f"{path}: line {line}: {str(problem).removeprefix(': ')}") from None
+
+
+# ----------------------------------------------------------------------------------------- evaluation
+
+WINDOWS = 128  # stretches of text to evaluate on
+
+
+@torch.no_grad()
+def losses(args: Options, hyper: HyperLlama, formatter: Formatter, gists: bool = True) -> dict[str, float]:
+    """Loss per token on C after B, on held-out text.
+
+    With the gists of A and D, with another text's, without, and with A and D in full.
+    """
+    text = TextBatches(args.data, formatter, hyper.gist_ids)
+    G = len(hyper.gists)
+    device = hyper.gists.device
+    losses_of: dict[str, list[float]] = {}
+    count = min(WINDOWS, args.limit or WINDOWS)
+    most = max(1, args.eval_tokens // (args.context + args.query_length))
+    for start in tqdm(range(0, count, most), desc="evaluating", leave=False):
+        size = min(most, count - start)
+        # One row more: the gists of the next text are the control.
+        batch = text(args.seed, range(start, start + size + 1), test=True).to(device)
+        tokens = batch.tokens[:size]
+        targets = batch.targets.view(size + 1, -1)[:size, text.inner :]
+        (rows,) = batch.context
+        full = read_rows(hyper.model, rows.tokens[:size, :-G].tolist())
+        full.past_mask = None  # all rows have the same length
+        prefixes = {"none": None, "full": full}
+        if gists:
+            compressed = hyper.compress(rows)
+            own = torch.arange(size, device=device)
+            prefixes |= {"gists": compressed[own], "other": compressed[own + 1]}
+        for name, prefix in prefixes.items():
+            logits, _ = hyper.model(tokens, **(prefix.as_past(tokens.shape[1]) if prefix else {}))
+            on_c = logits[:, text.inner :].float()  # BOS and B come before it
+            each = F.cross_entropy(on_c.transpose(1, 2), targets, reduction="none").mean(1)
+            losses_of.setdefault(name, []).extend(each.tolist())
+    means = {name: statistics.fmean(values) for name, values in losses_of.items()}
+    if not all(map(math.isfinite, means.values())):
+        raise InputError("losses on the held-out text aren't finite: the model holds NaN or inf")
+    return means
+
+
+def evaluate(run: Run) -> tuple[dict, list[list[str]]]:
+    """What results.json holds, and the lines of a table.
+
+    "kept" is the share of the context's benefit that the gists keep, in percent. The benefit is that
+    of the model before hyperpretraining, since training changes the full-context loss as well:
+    (without - gists) / (without - in full), where without and in full are the untouched model's.
+    """
+    args = run.args
+    began = time.monotonic()
+    now = losses(args, run.hyper, run.formatter)
+    before = losses(args, build(args).requires_grad_(False), run.formatter, gists=False)
+    kept = 100 * (before["none"] - now["gists"]) / (before["none"] - before["full"])
+    lines = [
+        [
+            "loss per token of C",
+            "gists of A D",
+            "no prefix",
+            "A D in full",
+            "other text's gists",
+            "share kept",
+        ],
+        ["before", "", f"{before['none']:.3f}", f"{before['full']:.3f}", "", ""],
+        ["after", *(f"{now[name]:.3f}" for name in ("gists", "none", "full", "other")), f"{kept:.0f} %"],
+    ]
+    results = {
+        "task": args.task,
+        "method": args.method,
+        "metric": METRIC,
+        "tasks": {"text": {"mean": now["gists"], "std": None, "n": min(WINDOWS, args.limit or WINDOWS)}},
+        "average": now["gists"],
+        "before": None,
+        "baselines": {"zeroshot": before["none"], "fewshot": before["full"]},
+        "controls": {"no_prefix": now["none"], "in_full": now["full"], "other_task": now["other"]},
+        "kept": kept,
+        "seconds": round(time.monotonic() - began, 1),
+        "args": portable(args),
+    }
+    return results, lines
+
+
+# ---------------------------------------------------------------------------------- sharding and export
+
+
+def shard(hyper: HyperLlama) -> None:
+    """FSDP2: each process holds a share of every parameter; a layer is put together while it is needed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (  # a second and more to import, and only needed here
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    # Blocks return views (values with their heads in front); nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    kind = hyper.gists.device.type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if kind == "cuda":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in hyper.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        for method in ("forward_at", "keys_values"):
+            register_fsdp_forward_method(layer, method)
+    fully_shard(hyper, mesh=mesh, mp_policy=policy)
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of one of our tensors."""
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def save_checkpoint(folder: Path, c: Config, tensors: dict[str, Tensor]) -> None:
+    """A Hugging Face folder, in bfloat16."""
+    weights = {hf_name(name): t.bfloat16() for name, t in tensors.items()}
+    save_tensors(folder / "model.safetensors", weights, {"format": "pt"})
+    write_config(folder, c)
+
+
+def write_config(folder: Path, c: Config) -> None:
+    """Hugging Face's config.json."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": c.vocab,
+        "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads, "head_dim": c.head_size, "intermediate_size": c.hidden,
+        "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "max_position_embeddings": c.max_positions,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    write_json(folder / "config.json", config)
