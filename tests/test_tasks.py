@@ -313,7 +313,7 @@ def test_no_shot_is_one_of_the_questions(tmp_path):
     ((shots, asked),) = [(e.shots, e.queries) for e in task.evaluation(0, 0, 16, None)]
     assert len(asked) == 12
     assert len(shots) == 16 and {shot.input for shot in shots} == {f"question {i}" for i in range(12, 20)}
-    with pytest.raises(InputError, match="only 16 training rows aren't questions; 17 --shots asked"):
+    with pytest.raises(InputError, match="only 16 training rows aren't questions, for 17 --shots"):
         task.evaluation(0, 0, 17, None)
 
 
