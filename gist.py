@@ -291,7 +291,7 @@ def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> No
     colour = {"#": "\033[33m#\033[0m", "o": "\033[36mo\033[0m"} if sys.stdout.isatty() else {}
 
     def name(t: int) -> str:
-        return f"gist {t - V}" if t >= V else tokenizer.model.id_to_piece(t).replace("<0x0A>", "\\n")
+        return f"gist {t - V}" if t >= V else tokenizer.piece(t).replace("<0x0A>", "\\n")
 
     few = HyperLlama(model, own[:3], None)
     query = [tokenizer.bos, *tokenizer.encode("fox\n")]

@@ -7,18 +7,21 @@ Three arguments of `Llama.forward` carry everything that gisting asks of a langu
     adapter  which LoRA set acts in this call: one set of weights plays two roles (lora.py).
 
 Inside, tensors carry Hugging Face's names (without the leading "model.") and its rotary pairing.
-Left out: rope scaling, biases, tied embeddings, sampling. A checkpoint that needs one is refused.
+Llama-2, TinyLlama, SmolLM2 and Llama-3.2 fit. Left out: biases, other rope scalings, sampling; a
+checkpoint that needs them is refused.
 
 Shapes: B batch, T tokens, P past length, D width, V vocabulary, H heads, K KV heads, hd head size.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -53,6 +56,15 @@ def reading(path: str | Path, what: str = "is damaged") -> Iterator[None]:
         ) from None
 
 
+class RopeScaling(NamedTuple):
+    """Llama-3's: rotary frequencies are lowered, the low ones by `factor`, so that longer contexts fit."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
 @dataclass(frozen=True)
 class Config:
     vocab: int
@@ -65,6 +77,8 @@ class Config:
     norm_eps: float
     rope_theta: float
     max_positions: int
+    tied: bool = False  # lm_head is the embedding table
+    rope_scaling: RopeScaling | None = None
 
 
 def read_config(folder: Path) -> Config:
@@ -75,8 +89,10 @@ def read_config(folder: Path) -> Config:
     with reading(path, "a field has a wrong value"):
         raw = json.loads(path.read_text(encoding="utf-8"))
         config = _config_from_hf(raw) if path.name == "config.json" else _config_from_meta(raw, folder)
-        for field, value in vars(config).items():
-            kind = (int, float) if field in ("norm_eps", "rope_theta") else int
+        numbers = vars(config) | (config.rope_scaling._asdict() if config.rope_scaling else {})
+        for field in numbers.keys() - {"tied", "rope_scaling"}:
+            value = numbers[field]
+            kind = (int, float) if field.endswith(("norm_eps", "rope_theta", "factor")) else int
             if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"{field} = {value!r} is not a positive number")
         if config.heads % config.kv_heads or config.head_size % 2:
@@ -91,9 +107,10 @@ def _config_from_hf(raw: dict) -> Config:
     refused = {
         "model_type": raw.get("model_type") != "llama",
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "rope_scaling": (kind := rope.get("rope_type", rope.get("type", "default")))
+        not in ("default", "llama3"),
     }
-    for field in ("attention_bias", "mlp_bias", "tie_word_embeddings", "quantization_config"):
+    for field in ("attention_bias", "mlp_bias", "quantization_config"):
         refused[field] = raw.get(field)
     for field in filter(refused.get, refused):
         raise ValueError(f"{field} = {raw.get(field)!r} is not implemented")
@@ -110,6 +127,10 @@ def _config_from_hf(raw: dict) -> Config:
         norm_eps=raw["rms_norm_eps"],
         rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
         max_positions=raw.get("max_position_embeddings", 2048),
+        tied=bool(raw.get("tie_word_embeddings")),
+        rope_scaling=RopeScaling(*(rope[field] for field in RopeScaling._fields))
+        if kind == "llama3"
+        else None,
     )
 
 
@@ -182,6 +203,15 @@ def rotary_angles(positions: Tensor, config: Config) -> Angles:
     """Cosine and sine of position × frequency. positions [B, T] -> two [B, 1, T, hd/2], float32."""
     steps = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / config.rope_theta ** (steps / config.head_size)
+    if config.rope_scaling:
+        factor, low, high, length = config.rope_scaling
+        turns = (
+            length * frequencies / (2 * math.pi)
+        )  # of a pair over the context that the model was first trained on
+        share = ((turns - low) / (high - low)).clamp(
+            0, 1
+        )  # 1: fast pairs stay; 0: slow ones turn `factor` times slower
+        frequencies = frequencies * (share + (1 - share) / factor)
     angles = positions[:, None, :, None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -314,6 +344,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, linear) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
+        self.tie()
         self.checksum = ""  # of what was loaded
         self.checkpoint_activations = False  # recompute layers in backward: less memory, more work
 
@@ -384,6 +415,11 @@ class Llama(nn.Module):
         angles = rotary_angles(positions[index], self.config)
         return [*present, self.run_layer(self.layers[last].keys_values, x, angles, adapter)]
 
+    def tie(self) -> None:
+        """One parameter for embedding and lm_head, where the configuration says so."""
+        if self.config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
     def embed(
         self, tokens: Tensor, offset: Tensor | None, adapter: Adapter
     ) -> tuple[Tensor, Tensor, Mapping]:
@@ -434,8 +470,12 @@ def load(
         _read_hf(folder) if (folder / "config.json").exists() else _read_meta(folder, config, dict(missing))
     )
     samples = {}
+    lm_head = None
     with reading(folder, "unreadable weights"):
         for name, tensor in tqdm(read, total=len(missing), desc="loading", leave=False, delay=1):
+            if config.tied and name == "lm_head.weight" and lm_head is None:
+                lm_head = tensor  # some checkpoints hold it all the same
+                continue
             if name not in missing:
                 raise InputError(f"{folder}: unexpected or repeated tensor {name}")
             if tensor.shape != missing.pop(name) or not tensor.is_floating_point():
@@ -452,6 +492,11 @@ def load(
                 setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
+    model.tie()
+    if lm_head is not None and not torch.equal(lm_head.to(device, dtype), model.embed_tokens.weight):
+        raise InputError(
+            f"{folder}: its config ties lm_head to the embedding, and its lm_head.weight is another"
+        )
     model.checksum = _checksum(config, samples, tokenizer_of(folder))
     return model
 
@@ -459,8 +504,8 @@ def load(
 def _checksum(config: Config, samples: Mapping[str, bytes], tokenizer: Path | None) -> str:
     """Adapters and prefixes belong to one base, however its files are split and whatever it is held in."""
     digest = hashlib.sha256(tokenizer.read_bytes() if tokenizer else b"")
-    for number in (config.heads, config.norm_eps, config.rope_theta):  # what the tensors' shapes don't say
-        digest.update(repr(float(number)).encode())
+    for number in (config.heads, config.norm_eps, config.rope_theta, *(config.rope_scaling or ())):
+        digest.update(repr(float(number)).encode())  # what the tensors' shapes don't say
     for name in sorted(samples):
         digest.update(name.encode() + samples[name])
     return digest.hexdigest()[:16]
@@ -535,47 +580,73 @@ def _read_meta(folder: Path, config: Config, shapes: dict[str, torch.Size]) -> I
 
 
 def tokenizer_of(folder: Path) -> Path | None:
-    """tokenizer.model in the folder, or beside it (as Meta ships it)."""
-    return next(
-        (path for p in (folder, folder.absolute().parent) if (path := p / "tokenizer.model").is_file()), None
-    )
+    """tokenizer.model in the folder, or beside it (as Meta ships it); else tokenizer.json."""
+    for path in (
+        folder / "tokenizer.model",
+        folder.absolute().parent / "tokenizer.model",
+        folder / "tokenizer.json",
+    ):
+        if path.is_file():
+            return path
+    return None
 
 
 class Tokenizer:
-    """Llama's SentencePiece model. Text is encoded as it would be in the middle of a document."""
+    """Llama's SentencePiece model, or a tokenizer.json (needs the package tokenizers).
+
+    Text is encoded as it would be in the middle of a document, after a newline.
+    """
 
     def __init__(self, folder: str | Path):
         self.path = tokenizer_of(Path(folder))
         if self.path is None:
-            raise InputError(f"{folder}: no tokenizer.model (a SentencePiece tokenizer is needed)")
-        with reading(self.path, "not a SentencePiece model of Llama's kind"):
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-            self.size = len(self.model)
-            self.bos = self.model.bos_id()
-            self.eos = self.model.eos_id()
-            self._pieces = lru_cache(1 << 15)(
-                self.model.encode
-            )  # rows come again: in other draws and columns
-            self._newline = self.model.encode("\n")
+            raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json")
+        with reading(self.path, "not a tokenizer of Llama's kind"):
+            load_tokenizer = self._load_json if self.path.suffix == ".json" else self._load_sentencepiece
+            load_tokenizer()
+            self._pieces = lru_cache(1 << 15)(self._encode)  # rows come again: in other draws and columns
             if any(
                 self.decode(self.encode(text)) != text
                 for text in ("\n", "\na", "a\nb", "a \n b\n", "1\n2\n\n")
             ):
                 raise ValueError("it loses newlines or spaces")
-            if min(self.bos, self.eos) < 0:
+            if self.bos is None or self.eos is None or min(self.bos, self.eos) < 0:
                 raise ValueError("it has no BOS or no EOS")
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, without BOS and EOS and without the space that SentencePiece puts before a text.
+    def _load_sentencepiece(self) -> None:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        newline = model.encode("\n")
+        self.size = len(model)
+        self.bos = model.bos_id()
+        self.eos = model.eos_id()
+        self.piece = model.id_to_piece  # a space is written as "▁"
+        # SentencePiece puts a space before a text. Encoded after a newline, which is then cut off, it has none,
+        # and encode(a) + encode(b) = encode(a + b) at newlines.
+        self._encode = lambda text: model.encode("\n" + text)[len(newline) :]
+        self._decode = lambda ids: model.decode(newline + ids)[1:]
 
-        Encoding after a newline, then cutting it off, keeps encode(a) + encode(b) = encode(a + b) there.
-        """
-        return self._pieces("\n" + text)[len(self._newline) :]
+    def _load_json(self) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise InputError(f"{self.path}: needs the package tokenizers (pip install tokenizers)") from None
+        model = tokenizers.Tokenizer.from_file(str(self.path))
+        config = json.loads((self.path.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
+        special = (config.get(f"{name}_token") for name in ("bos", "eos"))  # text, or {"content": text, …}
+        self.bos, self.eos = (
+            model.token_to_id(t["content"] if isinstance(t, dict) else t or "") for t in special
+        )
+        self.size = model.get_vocab_size()
+        self.piece = lambda i: (model.id_to_token(i) or "").replace("Ġ", "▁").replace("Ċ", "<0x0A>")
+        self._encode = lambda text: model.encode(text, add_special_tokens=False).ids
+        self._decode = lambda ids: model.decode(ids, skip_special_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without BOS and EOS."""
+        return list(self._pieces(text))
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(self._newline + [i for i in ids if i < self.size])[
-            1:
-        ]  # a padded vocabulary has more ids
+        return self._decode([i for i in ids if i < self.size])  # a padded vocabulary has more ids
 
 
 def int_tensor(numbers: Sequence, device: torch.device | str = "cpu") -> Tensor:

@@ -319,6 +319,8 @@ FILES |= {
     "gists.safetensors",
     "config.json",
     "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "scores-*.jsonl",
 }
 

@@ -307,7 +307,8 @@ def state_of(
     weights, nested = get_state_dict(hyper, optimizers, options=options)
     kept = nested.get("state", {})  # (the other processes get nothing)
     moments = {f"{key}.{name}": t for name, part in kept.items() for key, t in part.items()}
-    return weights | moments, weights, nested
+    names = trainable(hyper)  # (where lm_head is the embedding table, torch names it twice)
+    return {name: t for name, t in weights.items() if name in names} | moments, weights, nested
 
 
 def save_state(out: Path, hyper: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:

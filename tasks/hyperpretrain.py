@@ -80,8 +80,11 @@ def save(hyper: HyperLlama, out: Path, tensors: dict[str, Tensor], args: Options
     """The whole model as a Hugging Face folder, in bfloat16, and its gists."""
     save_tensors(out / "gists.safetensors", {"gists": tensors["gists"]}, {})
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    save_checkpoint(out, hyper.model.config, weights)
-    shutil.copyfile(Tokenizer(args.model).path, out / "tokenizer.model")
+    tokenizer = Tokenizer(args.model)
+    save_checkpoint(out, hyper.model.config, weights, tokenizer.bos, tokenizer.eos)
+    for path in (tokenizer.path, tokenizer.path.with_name("tokenizer_config.json")):
+        if path.exists():
+            shutil.copyfile(path, out / path.name)
 
 
 def batches(run: Run) -> "TextBatches":
@@ -362,21 +365,22 @@ def hf_name(name: str) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
-def save_checkpoint(folder: Path, c: Config, tensors: dict[str, Tensor]) -> None:
+def save_checkpoint(folder: Path, c: Config, tensors: dict[str, Tensor], bos: int = 1, eos: int = 2) -> None:
     """A Hugging Face folder, in bfloat16."""
     weights = {hf_name(name): t.bfloat16() for name, t in tensors.items()}
     save_tensors(folder / "model.safetensors", weights, {"format": "pt"})
-    write_config(folder, c)
+    write_config(folder, c, bos, eos)
 
 
-def write_config(folder: Path, c: Config) -> None:
+def write_config(folder: Path, c: Config, bos: int = 1, eos: int = 2) -> None:
     """Hugging Face's config.json."""
+    scaling = c.rope_scaling and {"rope_type": "llama3"} | c.rope_scaling._asdict()
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": c.vocab,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": c.vocab,
         "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads, "head_dim": c.head_size, "intermediate_size": c.hidden,
-        "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "max_position_embeddings": c.max_positions,
-        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+        "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "rope_scaling": scaling,
+        "max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tied, "bos_token_id": bos,
+        "eos_token_id": eos, "torch_dtype": "bfloat16",
     }  # fmt: skip
     write_json(folder / "config.json", config)

@@ -179,5 +179,5 @@ def read_words(path: str | Path) -> list[str]:
 
 def whole_words(tokenizer: Tokenizer) -> list[str]:
     """The tokenizer's pieces that are whole English words: "▁" and three or more letters."""
-    pieces = map(tokenizer.model.id_to_piece, range(tokenizer.size))
-    return [p[1:] for p in pieces if p[0] == "▁" and len(p) > 3 and p[1:].isascii() and p[1:].isalpha()]
+    pieces = map(tokenizer.piece, range(tokenizer.size))
+    return [p[1:] for p in pieces if p[:1] == "▁" and len(p) > 3 and p[1:].isascii() and p[1:].isalpha()]

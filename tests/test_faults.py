@@ -21,7 +21,7 @@ from tasks.rows import TFRecords, row_group
 from tasks.sni import read_sni_task
 from tasks.symbol import symbol_tasks
 from tiny.make import write_jsonl, write_tfrecord
-from tools.answer import load_gists, save_gists
+from tools.export import load_gists, save_gists
 
 TIMES = 300
 

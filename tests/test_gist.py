@@ -16,7 +16,7 @@ from gist import Compression, Gists, HyperLlama, Rows, average, gist_mask, mean_
 from llama import InputError, generate, ragged
 from lora import save_tensors
 from run import all_options, compression_of
-from tools.answer import load_gists, save_gists
+from tools.export import load_gists, save_gists
 from train import cross_entropy
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

@@ -274,7 +274,9 @@ def test_other_weights_in_any_layer_another_tokenizer_or_rotation_have_another_c
     ({"attention_bias": True}, "attention_bias"),
     ({"mlp_bias": True}, "mlp_bias"),
     ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": -8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 64}}, "factor = -8.0 is not a positive number"),
     ({"model_type": "mistral"}, "model_type"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"num_key_value_heads": 3}, "don't fit 3 KV heads"),
@@ -387,5 +389,5 @@ def test_a_missing_or_wrong_tokenizer_is_refused(tmp_path):
     with pytest.raises(InputError, match="no tokenizer.model"):
         Tokenizer(tmp_path / "deep")
     (tmp_path / "tokenizer.model").write_text("not a model")
-    with pytest.raises(InputError, match="not a SentencePiece"):
+    with pytest.raises(InputError, match="not a tokenizer of Llama.s kind"):
         Tokenizer(tmp_path / "deep")

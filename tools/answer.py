@@ -10,7 +10,6 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports ends the process, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hashlib
 import os
 import sys
 from collections import Counter
@@ -22,52 +21,11 @@ import torch
 from data import Episode, Example, report
 from eval import compress, encode_queries, gist_context, score_choices, write_answers
 from gist import Gists
-from llama import InputError, Llama, reading
-from lora import load_tensors, save_tensors
-from run import Parser, Run, a_path, add_options, open_run, read_args, resolve_args, run_command
+from llama import InputError, reading
+from lora import load_tensors
+from run import Parser, Run, add_options, open_run, read_args, resolve_args, run_command
 from tasks.rows import as_text, parse_line
-from tools.export import check_export, export
-
-
-def belongs_to(run: Run, folder: Path) -> dict[str, str]:
-    """Checksums of the model and the run that make and read a prefix: it means nothing to others."""
-    trained = hashlib.sha256((folder / "adapters.safetensors").read_bytes())
-    return {"model": run.hyper.model.checksum, "run": trained.hexdigest()[:16]}
-
-
-def save_gists(path: Path, gists: Gists, about: dict[str, str]) -> None:
-    """Keys and values of one prefix at positions 0 … G-1, with a note on what they belong to.
-
-    "0.key", "0.value", … are each [1, K, G, hd], as transformers' DynamicCache.update takes them.
-    """
-    tensors = {"offset": gists.offset}
-    for i, (k, v) in enumerate(gists.past):
-        tensors |= {f"{i}.key": k, f"{i}.value": v}
-    save_tensors(path, tensors, about)
-
-
-def load_gists(path: Path, about: dict[str, str], model: Llama) -> Gists:
-    """A saved prefix. InputError if another model or run than `about` says made it, or if it doesn't fit the model."""
-    tensors, metadata = load_tensors(path)
-    for key, value in about.items():
-        if metadata.get(key) != value:
-            raise InputError(f"{path}: made with another {key} ({metadata.get(key)}, not {value})")
-    c = model.config
-    weight = model.embed_tokens.weight
-    names = {f"{i}.{part}" for i in range(c.layers) for part in ("key", "value")}
-    if tensors.keys() != names | {"offset"}:
-        raise InputError(f"{path}: not a saved prefix of a model of {c.layers} layers")
-    G = tensors["0.key"].shape[-2] if tensors["0.key"].dim() == 4 else 0
-    shape = (1, c.kv_heads, G, c.head_size)
-    for name in names:
-        x = tensors[name]
-        if not x.numel() or x.shape != shape or not x.is_floating_point() or not x.isfinite().all():
-            raise InputError(f"{path}: {name} isn't {list(shape)} finite numbers")
-    if tensors["offset"].dtype != torch.int64 or tensors["offset"].tolist() != [G]:
-        raise InputError(f"{path}: the offset isn't the position after its gists")
-    tensors = {name: tensors[name].to(weight.device, weight.dtype) for name in names}
-    past = [(tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(c.layers)]
-    return Gists(past, torch.tensor([G], device=weight.device))
+from tools.export import belongs_to, check_export, export, load_gists, save_gists
 
 
 def read_examples(path: Path) -> list[Example]:

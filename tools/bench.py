@@ -715,7 +715,7 @@ def make_questions(folder: Path, prompts: int = 20, rows: int = 300) -> Path:
     if (folder / "splits").exists():
         return folder
     rng, tokenizer = random.Random(0), Tokenizer(PROJECT / "tiny" / "llama-c")
-    pieces = [tokenizer.model.id_to_piece(i) for i in range(tokenizer.size)]
+    pieces = [tokenizer.piece(i) for i in range(tokenizer.size)]
     words = [piece[1:] for piece in pieces if piece.startswith("▁") and len(piece) > 3]
     names = {"train": [f"train{n}" for n in range(4)], "test": [f"test{n:02}" for n in range(prompts)]}
     for n, name in enumerate(names["train"] + names["test"]):

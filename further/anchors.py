@@ -1,0 +1,40 @@
+"""No gists at all: the prefix is read where the base already gathers an example, at the last token of each answer.
+
+In-context learning collects what an example says at its label ("label words are anchors", arXiv 2305.14160).
+The keys and values at BOS and at these tokens are a prefix of as many positions as there are examples, and one.
+With an untrained LoRA set they are a control that costs nothing; training starts from there, while gist tokens
+start from nothing. On a small real base this is what works (RESULTS.md, "A real base").
+"""
+
+from gist import Compression, Context, HyperLlama
+from llama import InputError
+from run import option
+
+OPTIONS = {
+    "anchors": option(False, help="the prefix is read at the last token of each example, without gists")
+}
+terms = None  # the loss stays as it is
+
+
+def check(args) -> None:
+    if args.method != "hyper" or args.task in ("prefix", "hyperpretrain"):
+        raise InputError("--anchors belongs to a hypernetwork that is trained on tasks")
+
+
+def compression(args) -> Compression | None:
+    return Compression(contexts, build=without_gists) if args.anchors else None
+
+
+def without_gists(hyper: HyperLlama, generator) -> None:
+    hyper.gists.requires_grad_(False)  # no row holds one
+
+
+def contexts(formatter, episode, gist_ids) -> list[Context]:
+    """BOS and the examples. As with gists, queries go on right after as many positions as are kept."""
+    tokens, examples = formatter.context_parts(episode)
+    kept = [0]
+    for example in examples:
+        tokens = tokens + example
+        kept.append(len(tokens) - 1)
+    end = len(kept)
+    return [Context(tokens, list(range(end - len(tokens), end)), kept)]

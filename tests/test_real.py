@@ -1,0 +1,339 @@
+"""Today's small Llamas: tied embeddings, tokenizer.json, Llama-3's rotary frequencies; and a real one, if it is at hand.
+
+HYPERLLAMA_REAL names the Hugging Face folder of a small Llama that reads English (SmolLM2-135M, for instance).
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REAL_DATA, SHORT, config, hf_config, hf_tensors, random_hyper, random_llama, run, train
+from safetensors.torch import load_file, save_file
+
+from gist import HyperLlama, Rows, with_gists
+from llama import InputError, Llama, RopeScaling, Tokenizer, generate, load
+from lora import NF4Linear, add_lora
+from tools import export
+
+REAL = Path(os.environ.get("HYPERLLAMA_REAL", "/nowhere"))
+needs_real_model = pytest.mark.skipif(not REAL.is_dir(), reason="HYPERLLAMA_REAL names no folder of a model")
+SCALING = RopeScaling(32.0, 1.0, 4.0, 64)
+
+
+def scaled_and_tied() -> Llama:
+    """A random model of Llama-3.2's kind."""
+    plain = random_llama()
+    model = Llama(replace(config(), tied=True, rope_scaling=SCALING))
+    weights = {name: p for name, p in plain.named_parameters() if name != "lm_head.weight"}
+    model.load_state_dict(weights | {"lm_head.weight": weights["embed_tokens.weight"]})
+    return model.requires_grad_(False)
+
+
+def write_32(folder: Path, **changes) -> Path:
+    model = scaled_and_tied()
+    folder.mkdir()
+    scaling = {"rope_type": "llama3"} | SCALING._asdict()
+    (folder / "config.json").write_text(
+        json.dumps(hf_config(model.config, tie_word_embeddings=True, rope_scaling=scaling) | changes)
+    )
+    save_file(hf_tensors(model), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def json_tokenizer(tmp_path_factory) -> Path:
+    """A folder with a byte-level tokenizer.json, as Llama-3's and SmolLM's are."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["\nInput:\nThe fox is old.\nOutput:\nkilo"] * 9, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return folder
+
+
+def test_logits_with_scaled_frequencies_and_tied_embeddings_equal_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = write_32(tmp_path / "small")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.randint(0, 50, (2, 200), generator=torch.Generator().manual_seed(0))
+    ours = load(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+        plain = Llama(replace(ours.config, rope_scaling=None))
+        plain.load_state_dict(ours.state_dict())
+        assert (plain(tokens)[0] - ours(tokens)[0]).abs().max() > 0.1, "scaling matters here"
+
+
+def test_two_passes_equal_the_joint_pass_with_scaled_frequencies():
+    """Frequencies change, and scores still depend on differences of positions alone."""
+    hyper = random_hyper("downstream")
+    hyper.model.config = replace(hyper.model.config, rope_scaling=SCALING)
+    examples = [1, *range(5, 40)]
+    query = [1, 30, 31, 32]
+    row = torch.tensor([examples + hyper.gist_ids + query])
+    gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
+    two, _ = hyper.model(torch.tensor([query]), **gists.as_past(4, "downstream"))
+    torch.testing.assert_close(two[0], hyper.joint(row)[0, -4:], atol=1e-5, rtol=1e-5)
+
+
+def test_tied_embeddings_are_one_parameter_loaded_with_or_without_a_copy(tmp_path):
+    folder = write_32(tmp_path / "small")
+    model = load(folder)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    assert load(folder).checksum == model.checksum
+    save_file(tensors | {"lm_head.weight": head + 1}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="ties lm_head to the embedding, and its lm_head.weight is another"):
+        load(folder)
+
+
+def test_nf4_leaves_tied_embeddings_alone(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folder = write_32(tmp_path / "small")
+    model = load(folder, linear=NF4Linear)
+    assert model.lm_head.weight is model.embed_tokens.weight and model.lm_head.weight.is_floating_point()
+
+
+def test_a_tied_model_is_hyperpretrained_saved_and_used(tmp_path, json_tokenizer):
+    """Every command on a model of Llama-3.2's kind with a tokenizer.json."""
+    folder = write_32(tmp_path / "small", vocab_size=400)
+    weights = load_file(folder / "model.safetensors")
+    rows = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    save_file(weights | {"model.embed_tokens.weight": rows}, folder / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((json_tokenizer / name).read_text())
+    lengths = ["--context", "120", "--query-length", "100", "--gists", "4", "--limit", "2"]
+    out = tmp_path / "c"
+    start = ["--task", "hyperpretrain", "--model", folder, *lengths, "--steps", "2", "--save-every", "1"]
+    run(*start, "--batch-size", "2", "--measure", "0", "--optimizer", "adamw", "--out", out)
+    saved = load_file(out / "model.safetensors")
+    assert (
+        "lm_head.weight" not in saved and json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    )
+    assert json.loads((out / "config.json").read_text())["rope_scaling"]["factor"] == SCALING.factor
+    assert "model.lm_head.weight" not in load_file(out / "state.safetensors")
+    (out / "results.json").unlink()
+    run("--resume", "--out", out)
+    p3 = ["--task", "p3", "--model", out, *SHORT, *lengths, "--steps", "1"]
+    for name, more in (("gists", []), ("anchors", ["--anchors"]), ("nf4", ["--quantize"])):
+        run(*p3, *more, "--out", tmp_path / name)
+        run(tmp_path / name, *lengths[-2:], "--sets", "1", program="eval")
+
+
+# ------------------------------------------------------------------------------------------ tokenizer.json
+
+
+def test_pieces_of_a_layout_are_the_tokens_of_the_whole_text(json_tokenizer):
+    tokenizer = Tokenizer(json_tokenizer)
+    pieces = ["\nInput:\nThe fox is old.\nOutput:\nkilo", "\nInput:\nIs it 12?\nOutput:\nno", "\nInput:\n"]
+    assert sum(map(tokenizer.encode, pieces), []) == tokenizer.encode("".join(pieces))
+    assert tokenizer.decode(tokenizer.encode("".join(pieces))) == "".join(pieces)
+    assert (tokenizer.bos, tokenizer.eos) == (0, 1)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text()[:500]), "not a tokenizer"),
+    (lambda f: (f / "tokenizer.json").write_text("{}"), "not a tokenizer"),
+    (lambda f: (f / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'), "no BOS or no EOS"),
+    (lambda f: (f / "tokenizer_config.json").write_text('{"bos_token": "<other>", "eos_token": "</s>"}'), "no BOS"),
+    (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json|No such file"),
+], ids=["cut", "empty", "no bos", "another bos", "no config"])  # fmt: skip
+def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, json_tokenizer, damage, message):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((json_tokenizer / name).read_text())
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message) as problem:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(problem.value) and str(tmp_path) in str(problem.value)
+
+
+def test_without_the_package_a_tokenizer_json_is_refused_in_a_line(json_tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(InputError, match="needs the package tokenizers"):
+        Tokenizer(json_tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- anchors
+
+
+def test_anchors_are_bos_and_the_last_token_of_each_answer(tmp_path):
+    """Their keys and values in one pass over all examples; and no gist is trained."""
+    out = tmp_path / "run"
+    train(out, "--steps", "2", "--anchors", "--downstream", "lora")
+    names = set(load_file(out / "adapters.safetensors"))
+    assert "gists" not in names and any(".lora.hyper." in name for name in names)
+    run(out, "--limit", "2", "--sets", "1", "--no-controls", program="eval")
+    from run import all_options, open_run, read_args
+    from data import Episode, Example
+    from eval import compress, gist_context
+
+    opened = open_run(all_options()(**read_args(out)), out)
+    episode = Episode([], [Example("a fox", "kilo"), Example("an owl", "east west")])
+    ((context,),) = [gist_context(opened, episode, 0)]
+    texts = ["\nInput:\na fox\nOutput:\nkilo", "\nInput:\nan owl\nOutput:\neast west"]
+    lengths = [len(opened.formatter.tokenizer.encode(text)) for text in texts]
+    assert context.kept == [0, lengths[0], sum(lengths)] and context.positions[-1] == 2
+    prefix = compress(opened, [[context]], None)
+    assert prefix.offset.tolist() == [3] and prefix.past[0][0].shape[2] == 3
+    model = opened.hyper.model
+    _, whole = model(
+        torch.tensor([context.tokens]), offset=torch.tensor([context.positions[0]]), adapter="hyper"
+    )
+    for (k, v), (all_k, all_v) in zip(prefix.past, whole):
+        torch.testing.assert_close(k, all_k[:, :, context.kept], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(v, all_v[:, :, context.kept], atol=1e-5, rtol=1e-5)
+
+
+def test_an_untrained_set_leaves_the_anchors_of_the_base():
+    """So the control without training is the first score of a run."""
+    from further.anchors import contexts
+    from data import Episode, Example, Formatter
+
+    tokenizer = Tokenizer(Path(__file__).parents[1] / "tiny" / "llama")
+    formatter = Formatter(tokenizer, 200, 60)
+    (context,) = contexts(formatter, Episode([], [Example("x", "y")] * 3), [])
+    assert len(context.kept) == 4 and context.positions[context.kept[-1]] == 3
+
+
+# ---------------------------------------------------------------------------------------- a real model
+
+
+@pytest.fixture(scope="module")
+def real():
+    return load(REAL), Tokenizer(REAL)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
+
+
+TEXT = "The capital of France is Paris, and the capital of Italy is"
+
+
+@needs_real_model
+def test_a_real_model_has_the_logits_and_the_text_of_transformers(real, theirs):
+    model, tokenizer = real
+    ids = [tokenizer.bos, *tokenizer.encode(TEXT)]
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids])).logits
+        torch.testing.assert_close(model(torch.tensor([ids]))[0], logits, atol=1e-3, rtol=0)
+    assert logits.abs().max() < 40
+    new = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+    assert generate(model, [ids], 12, tokenizer.eos)[0] == [t for t in new if t != tokenizer.eos]
+
+
+@needs_real_model
+@pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data files are not here")
+def test_a_real_tokenizer_has_the_tokens_of_transformers(real):
+    transformers = pytest.importorskip("transformers")
+    _, tokenizer = real
+    reference = transformers.AutoTokenizer.from_pretrained(REAL)
+    lines = [
+        line
+        for path in sorted((REAL_DATA / "text").glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    texts = [line for text in lines for line in json.loads(text)["text"].splitlines()][:500]
+    assert len(texts) == 500
+    for text in texts:
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@needs_real_model
+def test_two_passes_equal_the_joint_pass_in_a_real_model(real):
+    model, tokenizer = real
+    generator = torch.Generator().manual_seed(0)
+    model = load(REAL)
+    add_lora(model, "hyper", 4, 8, generator, keys_values_only=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            parameter.data.normal_(0, 0.02, generator=generator)
+    words = model.embed_tokens.weight[torch.randperm(49152, generator=generator)[:16]]
+    hyper = HyperLlama(model, words)
+    examples = [tokenizer.bos, *tokenizer.encode("\nInput:\nhot\nOutput:\ncold\nInput:\nup\nOutput:\ndown")]
+    query = [tokenizer.bos, *tokenizer.encode("\nInput:\nbig\nOutput:\n")]
+    with torch.no_grad():
+        gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
+        two, _ = model(torch.tensor([query]), **gists.as_past(len(query)))
+        joint = hyper.joint(torch.tensor([examples + hyper.gist_ids + query]))[:, -len(query) :]
+    torch.testing.assert_close(two, joint, atol=2e-3, rtol=1e-4)
+
+
+@needs_real_model
+def test_a_prefix_of_a_real_model_answers_in_transformers(real, theirs, tmp_path):
+    """The README's generate snippet."""
+    from transformers import DynamicCache
+
+    model, tokenizer = real
+    words = model.embed_tokens.weight[:16]
+    hyper = HyperLlama(model, words, None)
+    examples = [tokenizer.bos, *tokenizer.encode("\nInput:\nhot\nOutput:\ncold")]
+    with torch.no_grad():
+        gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
+    export.save_gists(tmp_path / "g.safetensors", gists, {})
+    saved = load_file(tmp_path / "g.safetensors")
+    cache = DynamicCache()
+    for i in range(model.config.layers):
+        cache.update(saved[f"{i}.key"], saved[f"{i}.value"], i)
+    prompt = [tokenizer.bos, *tokenizer.encode("\nInput:\nbig\nOutput:\n")]
+    ids = torch.tensor([[0] * 16 + prompt])
+    out = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=8, do_sample=False
+    )
+    new = out[0, ids.shape[1] :].tolist()
+    ours = generate(model, [prompt], 8, tokenizer.eos, **gists.as_past(len(prompt)))[0]
+    assert ours == [t for t in new if t != tokenizer.eos]
+
+
+# ------------------------------------------------------------------------------------ a prefix in peft
+
+
+def logits_in_peft(base: Path, prefix: Path, ids: torch.Tensor) -> torch.Tensor:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(peft, "CartridgeConfig"):
+        pytest.skip("this peft has no CARTRIDGE")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(model, prefix)(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("variant", [[], ["--anchors"]], ids=["gists", "anchors"])
+def test_a_saved_prefix_opens_in_peft_with_our_logits(tmp_path, variant):
+    out = tmp_path / "run"
+    train(out, "--steps", "2", *variant)
+    examples = Path(__file__).parents[1] / "tiny" / "my.jsonl"
+    saved = tmp_path / "my.safetensors"
+    run(out, "--examples", examples, "--save", saved, program="answer")
+    run(out, "--gists", saved, "--out", tmp_path / "cartridge", program="export")
+    base = Path(__file__).parents[1] / "tiny" / "llama-c"
+    ids = torch.tensor([[1, *Tokenizer(base).encode("\nInput:\nThe fox is old.\nOutput:\n")]])
+    tensors = load_file(saved)
+    past = [(tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(len(tensors) // 2)]
+    with torch.no_grad():
+        ours, _ = load(base)(ids, past=past, offset=tensors["offset"])
+    theirs = logits_in_peft(base, tmp_path / "cartridge", ids)
+    torch.testing.assert_close(ours, theirs[:, -ids.shape[1] :], atol=1e-4, rtol=1e-4)
+    (tmp_path / "cartridge" / "thesis.txt").write_text("precious")
+    assert (
+        "isn't replaced"
+        in run(out, "--gists", saved, "--out", tmp_path / "cartridge", program="export", status=2).stderr
+    )
