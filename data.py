@@ -97,12 +97,14 @@ class Formatter:
 
     context       most tokens of a row of examples, gists included
     query_length  most tokens of a query with its target
+    end           what a target ends with: "eos", or "layout", what follows it where examples stand in a row
     left_out      counts what didn't fit, if given
     """
 
     tokenizer: Tokenizer
     context: int
     query_length: int
+    end: str = "eos"
     left_out: Counter[str] | None = None
 
     def count(self, what: str, left_out: bool) -> None:
@@ -141,6 +143,11 @@ class Formatter:
 
     def target(self, episode: Episode, text: str) -> list[int]:
         return self.tokenizer.encode(episode.layout.space + text)
+
+    def training_target(self, episode: Episode, text: str) -> list[int]:
+        """The target and its end: all that has a loss."""
+        end = [self.tokenizer.eos] if self.end == "eos" else self.tokenizer.encode(episode.layout.end)
+        return self.target(episode, text) + end
 
     def query(
         self, episode: Episode, example: Example, budget: int, instruct: str = "no", bos: bool = True
@@ -310,7 +317,7 @@ class EpisodeBatches:
 
     def prompt_and_target(self, episode: Episode, query: Example) -> tuple[list[int], list[int]]:
         f = self.formatter
-        target = [*f.target(episode, query.target), f.tokenizer.eos]
+        target = f.training_target(episode, query.target)
         budget = f.query_length - len(target)
         if self.method == "fewshot":
             end = f.query(episode, query, budget, bos=False)

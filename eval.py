@@ -70,9 +70,8 @@ def score_choices(
         branch = [0] * len(prompt)  # which choice a token belongs to; 0: to the prompt
         position = [*range(len(prompt))]
         for number, option in enumerate(options, 1):
-            here = range(
-                len(row), len(row) + len(option) - 1
-            )  # its last token predicts nothing, and is left out
+            # Its last token predicts nothing, and is left out.
+            here = range(len(row), len(row) + len(option) - 1)
             predictors += [n * T + len(prompt) - 1, *(n * T + t for t in here)]
             row += option[:-1]
             branch += [number] * len(here)

@@ -16,9 +16,8 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports ends the process, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import KV, Llama, Tokenizer, causal_mask_after, load, positions_of, ragged
-from lora import load_tensors
+from llama import KV, Llama, Tokenizer, causal_mask_after, positions_of, ragged, rotary_angles, rotate
 
 
 def gist_mask(is_gist: Tensor) -> Tensor:
@@ -243,6 +241,15 @@ class HyperLlama(nn.Module):
         return self.model(self.embed(tokens), offset=positions, adapter=adapter, mask=gist_mask(is_gist))[0]
 
 
+def averaging(sets: int) -> Compression:
+    """The gists of so many sets of examples, averaged."""
+
+    def contexts(formatter, episode, gist_ids) -> list[Context]:
+        return [context for part in episode.split(sets) for context in one_context(formatter, part, gist_ids)]
+
+    return Compression(contexts, average, sets)
+
+
 def average(hyper: HyperLlama, pieces: Sequence[Rows]) -> Gists:
     """Several sets of examples as one prefix (paper, Appendix B).
 
@@ -281,82 +288,154 @@ def mean_pooled(prefix: Gists, count: int) -> Gists:
 
 # ---------------------------------------------------------------------------------------- the lecture
 
+TINY = Path(__file__).parent / "tiny"
+TRAINED = Path(__file__).parent / "runs" / "p3-hyper-frozen-seed0"  # what `python train.py --task p3` leaves
 
-def demonstrate(folder: Path = Path(__file__).parent / "tiny" / "llama-c") -> None:
-    """Draw the mask of a small example, compare the joint pass with the two passes, and forget the offset."""
-    tokenizer = Tokenizer(folder)
-    model = load(folder)
-    V = model.config.vocab
-    own = load_tensors(folder / "gists.safetensors")[0]["gists"]
-    colour = {"#": "\033[33m#\033[0m", "o": "\033[36mo\033[0m"} if sys.stdout.isatty() else {}
 
-    def name(t: int) -> str:
-        return f"gist {t - V}" if t >= V else tokenizer.piece(t).replace("<0x0A>", "\\n")
+def lecture() -> None:
+    """The idea in a page: positions, mask, two roles, offset, what a prefix holds, and where a query looks."""
+    from run import all_options, build, open_run, read_args, resolve_args  # (run.py comes after this file)
+    from tools.answer import read_examples
 
-    few = HyperLlama(model, own[:3], None)
-    query = [tokenizer.bos, *tokenizer.encode("fox\n")]
-    row = torch.tensor([[tokenizer.bos, *tokenizer.encode("fox\nkilo\nowl\neast\n"), *few.gist_ids, *query]])
-    print("1. The gist mask. A row is a token that looks, a column a token that it may look at.\n")
-    print("position  token")
-    for t, see in enumerate(gist_mask(row >= V)[0].tolist()):
-        marks = [("#" if row[0, s] >= V else "o") if seen else "." for s, seen in enumerate(see)]
-        kept = "  <- its keys and values survive" if row[0, t] >= V else ""
-        print(
-            f"{t:8}  {name(row[0, t].item()):>8}  {' '.join(colour.get(mark, mark) for mark in marks)}{kept}"
+    trained = (TRAINED / "adapters.safetensors").exists()
+    run = open_run(all_options()(**read_args(TRAINED)), TRAINED) if trained else None
+    hyper = run.hyper if run else build(resolve_args({"task": "p3"}))
+    if not trained:  # a LoRA set that does something
+        for p in (p for name, p in hyper.named_parameters() if name.endswith(".B")):
+            p.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+    print(f"The model: {TRAINED.name if trained else 'tiny/llama-c, with random numbers as its LoRA set'}\n")
+    tokenizer = Tokenizer(TINY / "llama-c")
+    rows = [(row.input, row.target) for row in read_examples(TINY / "my.jsonl")]
+    examples = [tokenizer.bos, *tokenizer.encode("".join(f"\nInput:\n{x}\nOutput:\n{y}" for x, y in rows))]
+    queries = [[tokenizer.bos, *tokenizer.encode(f"\nInput:\n{x}\nOutput:\n")] for x, _ in rows]
+    answers = [tokenizer.encode(y)[0] for _, y in rows]
+    with torch.no_grad():
+        show_positions(len(examples), len(hyper.gists), len(queries[0]))
+        show_mask(hyper, tokenizer)
+        show_roles(hyper, examples, queries[0])
+        show_prefixes(hyper, examples, queries, answers)
+        show_offsets(hyper, examples, queries, answers)
+        show_attention(hyper, examples, queries[0])
+
+
+def show_positions(examples: int, G: int, query: int) -> None:
+    print(
+        "1. Positions. Examples begin at a negative one, so that the gists always stand at the same place, and"
+    )
+    print("   the query goes on after them: the prefix is (keys and values of the gists, offset).\n")
+    print(f"   {-examples:>6} … -1      0 … {G - 1}     {G} … {G + query - 1}")
+    print("   BOS, examples    gists      BOS, query")
+    print("   first pass: LoRA on         second pass: LoRA off\n")
+
+
+def show_mask(hyper: "HyperLlama", tokenizer: Tokenizer) -> None:
+    V = hyper.model.config.vocab
+    words = tokenizer.encode("fox\nkilo\nowl\neast\n")
+    row = [tokenizer.bos, *words, V, V + 1, V + 2, tokenizer.bos, *tokenizer.encode("fox\n")]
+    is_gist = torch.tensor([row]) >= V
+    print("2. The gist mask. A row is a token that looks; # a gist, o another token, . hidden from it.\n")
+    for t, sees in enumerate(gist_mask(is_gist)[0].tolist()):
+        name = f"gist {row[t] - V}" if row[t] >= V else tokenizer.piece(row[t]).replace("<0x0A>", "\\n")
+        marks = " ".join("." if not seen else "#" if is_gist[0, s] else "o" for s, seen in enumerate(sees))
+        print(f"   {t - len(words) - 1:>3} {name:>7}  {marks}{'   kept' if is_gist[0, t] else ''}")
+    print(
+        "\n   After the gists, only they lead to the examples: a second pass needs nothing but what is kept.\n"
+    )
+
+
+def answer_logits(
+    hyper: "HyperLlama", gists: Gists | None, queries: list[list[int]], shift: int = 0
+) -> Tensor:
+    """Logits of the token after each query. [N, V]"""
+    tokens = ragged(queries)
+    lengths = torch.tensor([len(query) for query in queries])
+    past = {"adapter": hyper.downstream_adapter}
+    if gists:
+        past = gists[torch.zeros(len(queries), dtype=torch.long)].as_past(
+            tokens.shape[1], hyper.downstream_adapter
         )
-    print("\n# a gist, o another token, . hidden. After the gists, only they lead to the examples:")
-    print("whatever stands there can be read later, by a second pass that has nothing else.\n")
+        past["offset"] = past["offset"] + shift
+    select = torch.arange(len(queries)) * tokens.shape[1] + lengths - 1
+    return hyper.model(tokens, **past, select=select)[0]
 
-    pairs = {"fox": "kilo", "owl": "east", "cat": "kilo", "dog": "west", "pig": "east", "duck": "west"}
-    hyper = HyperLlama(model, own, None)
-    text = "".join(f"{word}\n{label}\n" for word, label in list(pairs.items()) * 2)
-    examples = Rows.of([with_gists([tokenizer.bos, *tokenizer.encode(text)], hyper.gist_ids)])
-    G = len(own)
-    L = examples.tokens.shape[1]
-    gists = hyper.compress(examples)
-    late = hyper.compress(replace(examples, positions=examples.positions + L - G))
-    shape = list(gists.past[0][0].shape)
-    numbers = sum(x.numel() for layer in gists.past for x in layer)
+
+def show_roles(hyper: "HyperLlama", examples: list[int], query: list[int]) -> None:
+    """Two passes against the joint pass, with LoRA in each of its states in either role."""
+    rows = Rows.of([with_gists(examples, hyper.gist_ids)])
+    joint = hyper.joint(torch.tensor([examples + hyper.gist_ids + query]))[0, -1]
+    print("3. One base in two roles. Largest difference of the next token's logits from the joint pass:\n")
+    roles = hyper.hyper_adapter, hyper.downstream_adapter
+    for first, second in ((True, False), (False, False), (True, True)):
+        hyper.hyper_adapter, hyper.downstream_adapter = ("hyper" if on else None for on in (first, second))
+        difference = (answer_logits(hyper, hyper.compress(rows), [query])[0] - joint).abs().max()
+        how = " and ".join(
+            f"LoRA {'on ' if on else 'off'} for the {who}"
+            for on, who in ((first, "examples"), (second, "query"))
+        )
+        print(f"   {how}: {difference:8.5f}{'   the two passes' if (first, second) == (True, False) else ''}")
+    hyper.hyper_adapter, hyper.downstream_adapter = roles
+    print()
+
+
+def chance_of_answers(logits: Tensor, answers: list[int]) -> tuple[float, float]:
+    """Mean probability of the right answers; and how often the right answer beats the other one."""
+    choices = sorted(set(answers))
+    right = torch.tensor([choices.index(answer) for answer in answers])
+    best = logits[:, choices].argmax(1)
+    chosen = logits.softmax(1)[torch.arange(len(answers)), torch.tensor(answers)]
+    return chosen.mean().item(), (best == right).float().mean().item()
+
+
+def show_prefixes(
+    hyper: "HyperLlama", examples: list[int], queries: list[list[int]], answers: list[int]
+) -> None:
+    other = [examples[0], *examples[1:][::-1]]  # the same words in a senseless order
+    print("4. What a prefix holds: the sixteen examples of tiny/my.jsonl, each asked back.\n")
+    print("   prefix                       probability of the answer   right of the two")
+    for name, tokens in (
+        ("gists of the examples", examples),
+        ("gists of the words reversed", other),
+        ("none", None),
+    ):
+        gists = hyper.compress(Rows.of([with_gists(tokens, hyper.gist_ids)])) if tokens else None
+        chance, share = chance_of_answers(answer_logits(hyper, gists, queries), answers)
+        print(f"   {name:<28} {chance:>24.1%} {share:>18.0%}")
+    print()
+
+
+def show_offsets(
+    hyper: "HyperLlama", examples: list[int], queries: list[list[int]], answers: list[int]
+) -> None:
+    gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
     print(
-        f"2. Now {len(pairs)} pairs, twice: fox is kilo, owl is east, … The first pass reads {L} tokens at positions {G - L} to {G - 1}, the gists"
+        "5. The offset. The same prefix, and queries that begin too early or too late by so many positions:\n"
     )
-    print(
-        f"   at 0 to {G - 1}. What is stored: {len(gists.past)} layers × (keys, values) × {shape} (rows, KV heads, gists, head size), {numbers * 4:,} bytes,"
-    )
-    print(f"   and the offset {gists.offset.item()}: the position after the last gist.\n")
-    print(
-        f"3. The second pass reads a query at positions {G} to {G + len(query) - 1}. Its keys and queries are rotated there, the gists' keys stay"
-    )
-    print(
-        "   rotated as they were made; attention sees the differences of positions, as in the joint pass.\n"
-    )
-    print(
-        "4. Logits of the next token after each question: in one joint pass; in two passes; in two passes whose first"
-    )
-    print(
-        f"   began at 0, so that the gists stand at {L - G} to {L - 1}, and whose second forgot that and began at 0, too.\n"
-    )
-    print(
-        f"{'question':>10}{'next token':>14}{'joint':>10}{'two passes':>12}{'offset forgotten':>18}   right answer"
-    )
-    for word, label in pairs.items():
-        tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(f"{word}\n")]])
-        with torch.no_grad():
-            joint = hyper.joint(torch.cat((examples.tokens, tokens), dim=1))[0, -1]
-            two, lost = (
-                model(tokens, past=g.past, offset=o)[0][0, -1]
-                for g, o in ((gists, gists.offset), (late, gists.offset * 0))
-            )
-        for t in joint.topk(2).indices.tolist():
-            best = [" *" if logits.argmax() == t else "  " for logits in (joint, two, lost)]
-            right = f"   {label}" if t == joint.argmax() else ""
-            print(
-                f"{word if right else '':>10}{name(t):>14}{joint[t]:>8.2f}{best[0]}{two[t]:>10.2f}{best[1]}{lost[t]:>16.2f}{best[2]}{right}"
-            )
-    print(
-        f"\n* the largest logit of its column. Joint and two passes differ by at most {(two - joint).abs().max():.0e} in the last question,"
-    )
-    print(f"  a forgotten offset by {(lost - joint).abs().max():.1f}.")
+    for shift in (-128, -64, -32, -16, -4, 0, 4, 16, 32, 64, 128):
+        chance, share = chance_of_answers(answer_logits(hyper, gists, queries, shift), answers)
+        print(f"   {shift:>+4}  {chance:>5.1%}  {'█' * round(40 * chance)}")
+    print("\n   The gists' keys stay rotated where they were made, so a query has to count on from there.\n")
+
+
+def show_attention(hyper: "HyperLlama", examples: list[int], query: list[int]) -> None:
+    """How the last token of a query divides its attention, in each layer, mean over heads."""
+    model = hyper.model
+    G = len(hyper.gists)
+    gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
+    x, positions, adapter = model.embed(torch.tensor([query]), gists.offset, hyper.downstream_adapter)
+    angles = rotary_angles(positions, model.config)
+    print("6. Where the query's last token looks: its attention to the gists 0 … 15, and to the rest.\n")
+    for i, layer in enumerate(model.layers):
+        attention = layer.self_attn
+        h = layer.input_layernorm(x)
+        q = rotate(attention.heads(attention.q_proj(h, adapter)), angles)[0, :, -1]  # [H, hd]
+        k, _ = attention.keys_values(h, angles, gists.past[i], adapter)
+        k = k[0].repeat_interleave(len(q) // k.shape[1], dim=0)  # [H, P + T, hd]
+        shares = ((k @ q[..., None])[..., 0] / q.shape[1] ** 0.5).softmax(1).mean(0)
+        shades = "".join(" ░▒▓█"[min(4, round(40 * share))] for share in shares[:G].tolist())
+        print(
+            f"   layer {i}  |{shades}|  gists {shares[:G].sum():.0%}, the query itself {shares[G:].sum():.0%}"
+        )
+        x, _, _ = layer(x, angles, gists.past[i], None, adapter)
 
 
 if __name__ == "__main__":
@@ -364,6 +443,6 @@ if __name__ == "__main__":
 
     def main() -> None:
         Parser(__doc__).parse_args()  # there are no options
-        demonstrate()
+        lecture()
 
     run_command(main)

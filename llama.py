@@ -205,12 +205,10 @@ def rotary_angles(positions: Tensor, config: Config) -> Angles:
     frequencies = 1.0 / config.rope_theta ** (steps / config.head_size)
     if config.rope_scaling:
         factor, low, high, length = config.rope_scaling
-        turns = (
-            length * frequencies / (2 * math.pi)
-        )  # of a pair over the context that the model was first trained on
-        share = ((turns - low) / (high - low)).clamp(
-            0, 1
-        )  # 1: fast pairs stay; 0: slow ones turn `factor` times slower
+        # By how often a pair turns over the context that the model was first trained on: fast pairs stay (share 1),
+        # slow ones turn `factor` times slower (share 0).
+        turns = length * frequencies / (2 * math.pi)
+        share = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (share + (1 - share) / factor)
     angles = positions[:, None, :, None].float() * frequencies
     return angles.cos(), angles.sin()
@@ -240,10 +238,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mask = mask[:, None]  # the same for all heads
     elif 1 < T < S:  # is_causal=True would align the triangle with the *first* key and hide the past
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    options = {
-        "is_causal": mask is None and T > 1,
-        "enable_gqa": q.shape[1] != k.shape[1],
-    }  # one token alone sees all
+    is_causal = mask is None and T > 1  # one token alone sees all
+    options = {"is_causal": is_causal, "enable_gqa": q.shape[1] != k.shape[1]}
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 

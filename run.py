@@ -22,7 +22,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import tasks
 from data import Formatter
-from gist import Compression, HyperLlama, average
+from gist import Compression, HyperLlama, averaging
 from llama import InputError, Linear, Llama, Tokenizer, load, read_config, reading
 from lora import NF4Linear, add_lora, assign, load_tensors, replacing, save_tensors
 
@@ -78,6 +78,7 @@ class Options:
     shots: int = option(kind=int, least=1, help="examples: 16 of p3, 2 of sni, 4 per class of symbol")
     context: int = option(1024, least=1, help="most tokens of examples and gists")
     query_length: int = option(384, least=1, help="most tokens of a query with its target")
+    end: str = option("eos", choices=("eos", "layout"), help="of a target: EOS, or what follows an example")
     quantize: bool = option(False, help="hold the base in NF4")
     rank: int = option(8, least=1, help="LoRA rank")
     alpha: float = option(16.0, least=1e-9, help="LoRA scale")
@@ -105,8 +106,10 @@ class Options:
 
 def plugins(folder: str) -> dict[str, ModuleType]:
     """The files of tasks/ or of further/ by name."""
-    names = [path.stem for path in sorted((PROJECT / folder).glob("[a-z]*.py"))]
-    return {name: import_module(f"{folder}.{name}") for name in names if name not in tasks.NOT_TASKS}
+    names = {path.stem for path in (PROJECT / folder).glob("[a-z]*.py")}
+    if folder == "tasks":
+        names -= tasks.NOT_TASKS
+    return {name: import_module(f"{folder}.{name}") for name in sorted(names)}
 
 
 @cache
@@ -151,9 +154,8 @@ def number(kind: type, least: float = 0) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
-    parse.__name__ = (
-        "whole number" if kind is int else "number"
-    )  # (argparse: invalid whole number value: 'x')
+    # argparse says: invalid whole number value: 'x'
+    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
@@ -205,8 +207,8 @@ def check_args(args: Options, typed: dict) -> None:
     for name in typed.keys() & set(task.WITHOUT):
         raise InputError(f"{flag(name)} has no meaning for --task {args.task}")
     for name in plugins("tasks"):
-        for other in tasks.find(name).OPTIONS.keys() - task.OPTIONS.keys():
-            if getattr(args, other) not in (None, False, 0):
+        for other, f in tasks.find(name).OPTIONS.items():
+            if other not in task.OPTIONS and getattr(args, other) != f.default:
                 raise InputError(f"{flag(other)} belongs to --task {name}")
     if args.downstream != "frozen" and args.method != "hyper":
         raise InputError(f"--downstream {args.downstream} belongs to --method hyper")
@@ -230,19 +232,14 @@ def flag(name: str) -> str:
 
 def compression_of(args: Options) -> Compression:
     """How examples become a prefix: the paper's way, or that of the one chapter that the options name."""
-    ways = {
-        name: chapter.compression(args) for name, chapter in plugins("further").items() if chapter.compression
-    }
-    ways = {name: way for name, way in ways.items() if way}
-    if args.average:
-        contexts = lambda formatter, episode, gist_ids: [  # noqa: E731
-            way
-            for part in episode.split(args.average)
-            for way in Compression().contexts(formatter, part, gist_ids)
-        ]
-        ways["average"] = Compression(contexts, average, args.average)
+    ways = {"--average": averaging(args.average)} if args.average else {}
+    for chapter in plugins("further").values():
+        way = chapter.compression(args) if chapter.compression else None
+        if way:
+            typed = [flag(name) for name, f in chapter.OPTIONS.items() if getattr(args, name) != f.default]
+            ways[" and ".join(typed)] = way
     if len(ways) > 1:
-        raise InputError(f"these exclude each other: {', '.join(ways)} (each is a way to make one prefix)")
+        raise InputError(f"{', '.join(ways)} exclude each other: each is a way to make one prefix")
     return next(iter(ways.values()), Compression())
 
 
@@ -480,7 +477,7 @@ def open_run(args: Options, folder: Path | None = None) -> Run:
         raise InputError(
             f"{args.model}: the tokenizer has {tokenizer.size} pieces, the model only {config.vocab}"
         )
-    formatter = Formatter(tokenizer, args.context, args.query_length)
+    formatter = Formatter(tokenizer, args.context, args.query_length, args.end)
     if folder is None:
         return Run(args, task.build(args), formatter)
     return Run(args, task.restore(args, folder), formatter, args.steps)
@@ -650,9 +647,8 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except OSError:  # what can't be written isn't tried again when the interpreter ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if (
-        os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-    ):  # of several processes, one speaks
+    several = "WORLD_SIZE" in os.environ
+    if not several or os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         with suppress(OSError):
             print(" ".join(message.split("\n")), file=sys.stderr)
     sys.exit(130 if message == "interrupted" else 2)

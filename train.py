@@ -64,9 +64,8 @@ def parse(argv: list[str] | None = None) -> tuple[Options, Path, bool, bool]:
         raise InputError("--out: an empty name")
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
-    args = resolve_args(
-        typed, read_args(Path(out)) if resume and out else None
-    )  # what isn't said again stays
+    before = read_args(Path(out)) if resume and out else None  # what isn't said again stays
+    args = resolve_args(typed, before)
     return args, Path(out or default_folder(args)), resume, overwrite
 
 
@@ -142,24 +141,23 @@ def train(
             break
 
         began = time.monotonic()
-        share = schedule(step, args.steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = share * group["highest_lr"]
+        lr = set_lr(optimizers, args, step)
 
         # Each term is a sum over tokens, divided by their number in the whole step, over all its batches and
         # processes: a mean of means would give tokens of short batches more weight.
         counts = [sum(term.count(batch) for batch in micro_batches) for term in terms]
-        counts = all_sum(torch.tensor([*counts, sum(batch.read for batch in micro_batches)], device=device))
+        tokens = sum(batch.read for batch in micro_batches)
+        *counts, tokens = all_sum(torch.tensor([*counts, tokens], device=device))
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
             logits, gists = hyper(batch)
-            share_of_loss = 0.0
-            for term, count in zip(terms, counts):
-                share_of_loss = share_of_loss + term.weight * term.loss(hyper, batch, gists, logits) / count
+            parts = [
+                term.weight * term.loss(hyper, batch, gists, logits) / count
+                for term, count in zip(terms, counts)
+            ]
             # FSDP takes the mean of the processes' gradients; it is to be their sum.
-            (share_of_loss * world if sharded else share_of_loss).backward()
-            loss += share_of_loss.detach()
+            (sum(parts) * world if sharded else sum(parts)).backward()
+            loss += sum(parts).detach()
         if not sharded:
             for parameter in parameters:
                 all_sum(parameter.grad)
@@ -174,15 +172,10 @@ def train(
         loss = all_sum(loss).item()
         norm = full_tensor(norm).item()
         seconds = max(1e-6, time.monotonic() - began)
-        if not math.isfinite(loss + norm):
-            rows = f"rows {(step - 1) * args.accumulate * args.batch_size} and following"
-            raise InputError(
-                f"{out}: loss or gradient of step {step} ({rows}) isn't finite; the last checkpoint is kept; "
-                "another run with a smaller --lr may help"
-            )
-        speed = round(counts[-1].item() / seconds)
-        log({"step": step, "loss": loss, "norm": norm, "tokens_per_second": speed, "lr": share * args.lr}
-            | {"seconds": round(seconds, 4)})  # fmt: skip
+        check_finite(out, args, step, loss + norm)
+        speed = round(tokens.item() / seconds)
+        line = {"step": step, "loss": loss, "norm": norm, "tokens_per_second": speed, "lr": lr}
+        log(line | {"seconds": round(seconds, 4)})
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s", refresh=False)
         bar.update()
         if step % args.save_every == 0 or step == args.steps:
@@ -229,6 +222,25 @@ def schedule(step: int, steps: int) -> float:
     """Linear warm-up over the first tenth of the steps, then linear to zero. Share of --lr in step 0, 1, …"""
     warm_up = max(1, round(WARM_UP * steps))
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], args: Options, step: int) -> float:
+    """Each group's rate in this step; returns that of --lr."""
+    share = schedule(step, args.steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["highest_lr"]
+    return share * args.lr
+
+
+def check_finite(out: Path, args: Options, step: int, number: float) -> None:
+    """InputError where loss or gradient isn't finite: nothing is saved of that."""
+    if not math.isfinite(number):
+        row = (step - 1) * args.accumulate * args.batch_size
+        raise InputError(
+            f"{out}: loss or gradient of step {step} (rows {row} and following) isn't finite; "
+            "the last checkpoint is kept; another run with a smaller --lr may help"
+        )
 
 
 def make_optimizers(hyper: nn.Module, args: Options) -> list[torch.optim.Optimizer]:

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from data import Batch, Sample, Term, collate
 from llama import InputError
-from run import option
+from run import compression_of, option
 
 OPTIONS = {
     "reconstruct": option(0.0, help="weight of the loss of saying the examples again, after their gists")
@@ -20,8 +20,8 @@ compression = None  # the prefix stays as it is
 def check(args) -> None:
     if args.method != "hyper" or args.task == "prefix":
         raise InputError("--reconstruct belongs to a hypernetwork that is trained to compress")
-    if args.chain:
-        raise InputError("--reconstruct doesn't go with --chain")
+    if compression_of(args).sets > 1:
+        raise InputError("--reconstruct goes with one set of examples")
 
 
 def terms(run, terms: list[Term]) -> list[Term]:
@@ -44,8 +44,7 @@ def reconstruction(batch: Batch, V: int, marker: int) -> Batch:
     """A query for each context: the marker, and the context's own words as the target."""
     (rows,) = batch.context
     samples = []
-    for tokens in rows.tokens.tolist():
-        end = max(t for t, token in enumerate(tokens) if token >= V)  # padding follows the last gist
-        words = [token for token in tokens[1:end] if token < V]
+    for tokens, last in zip(rows.tokens.tolist(), rows.kept.amax(1).tolist()):
+        words = [token for token in tokens[1 : last + 1] if token < V]  # padding follows what is kept
         samples.append(Sample(None, [([marker], words)]))
     return collate(samples).to(rows.tokens.device)

@@ -77,9 +77,9 @@ def teacher_logits(hyper, batch: Batch) -> Tensor:
     V = hyper.model.config.vocab
     contexts = [[] for _ in batch.context[0].tokens]
     for rows in batch.context:
-        for context, tokens in zip(contexts, rows.tokens.tolist()):
-            end = max(t for t, token in enumerate(tokens) if token >= V)  # padding follows the last gist
-            context += [token for token in tokens[bool(context) : end] if token < V]  # one BOS is enough
+        for context, tokens, last in zip(contexts, rows.tokens.tolist(), rows.kept.amax(1).tolist()):
+            tokens = tokens[bool(context) : last + 1]  # padding follows what is kept; one BOS is enough
+            context += [token for token in tokens if token < V]
     T = batch.tokens.shape[1]
     # The examples have a BOS, so a query has none, as in the few-shot column (text has nothing else).
     bos = int((batch.select % T).min() > 0)

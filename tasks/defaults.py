@@ -2,7 +2,6 @@
 
 import run
 from data import PLAIN, Episode, EpisodeBatches
-from llama import InputError
 
 OPTIONS = {}  # its own options: name -> run.option(…)
 WITHOUT = ("instruction_downstream",)  # options that mean nothing to it

@@ -7,7 +7,6 @@ predicts B and C after their gists. The result is a checkpoint with gists of its
 import gzip
 import math
 import mmap
-import os
 import random
 import shutil
 import statistics
@@ -27,12 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Batch, Formatter, Sample, collate
-from gist import HyperLlama, Rows, read_rows, with_gists
+from gist import HyperLlama, read_rows, with_gists
 from llama import Config, InputError, Tokenizer, reading
 from lora import save_tensors
 from run import Options, Run, option, portable, resolve_args, write_json
 from run import build as build_hyper
-from tasks import find
 from tasks.rows import as_text, existing, map_file, parse_line
 
 FOLDER = "text"
@@ -148,9 +146,7 @@ class TextBatches:
         while size and data[size - 1 : size].isspace():
             size -= 1
         first = 0
-        while (
-            first < size and data[first : first + 1].isspace()
-        ):  # blank lines may come before the first document
+        while first < size and data[first : first + 1].isspace():  # blank lines before the first document
             first += 1
         if not size:
             raise InputError(f"{path}: is empty")

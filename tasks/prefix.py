@@ -212,7 +212,7 @@ class PrefixBatches:
     def sample(self, seed: int, number: int, task: p3.Prompt | None) -> Sample:
         episode = self.episode(random.Random(f"{seed} {task.name if task else 'shared'} {number}"), task)
         (query,) = episode.queries
-        target = [*self.formatter.target(episode, query.target), self.formatter.tokenizer.eos]
+        target = self.formatter.training_target(episode, query.target)
         prompt = self.formatter.query(episode, query, self.formatter.query_length - len(target))
         return Sample(None, [(prompt, target)])
 

@@ -25,7 +25,7 @@ def examples(*lengths: int) -> list[Example]:
 
 def counting(tokenizer, context: int, query_length: int) -> Formatter:
     """A formatter that counts what didn't fit."""
-    return Formatter(tokenizer, context, query_length, Counter())
+    return Formatter(tokenizer, context, query_length, left_out=Counter())
 
 
 def test_examples_that_do_not_fit_are_left_out_whole(tokenizer):
@@ -167,6 +167,15 @@ def test_the_loss_stands_on_target_and_eos_alone(tokenizer, method):
         row = tokenizer.decode(batch.tokens[n].tolist()[1:])
         assert row.split("\nOutput:\n")[-1].startswith(tokenizer.decode(target[:-1]))
     assert (batch.context is None) == (method != "hyper")
+
+
+def test_a_target_may_end_as_an_example_in_a_row_does(tokenizer):
+    """A base that never saw EOS after an answer then has nothing new to learn."""
+    rows = [Example(f"x{i}", "kilo", ("kilo", "jade")) for i in range(3)]
+    episode = Episode(rows[:1], rows[1:])
+    ended = Formatter(tokenizer, 200, 60, end="layout").training_target(episode, "kilo")
+    assert tokenizer.decode(ended) == "kilo\nInput:\n" and tokenizer.eos not in ended
+    assert Formatter(tokenizer, 200, 60).training_target(episode, "kilo")[-1] == tokenizer.eos
 
 
 def test_several_sets_divide_the_examples_of_an_episode_among_the_pieces_of_a_batch(tokenizer):
