@@ -3,7 +3,7 @@
 In-context learning collects what an example says at its label ("label words are anchors", arXiv 2305.14160).
 The keys and values at BOS and at these tokens are a prefix of as many positions as there are examples, and one.
 With an untrained LoRA set they are a control that costs nothing; training starts from there, while gist tokens
-start from nothing. On a small real base this is what works (RESULTS.md, "A real base").
+start from nothing. On a small real base this is what works (docs/real.md).
 """
 
 from gist import Compression, Context, HyperLlama
