@@ -513,6 +513,8 @@ def measure(run: Run, held_out: HeldOut, step: int) -> dict:
 
 def score_before(folder: Path, args: Options) -> float | None:
     """The score before the first step as the run's log has it, if it was measured in the way of args."""
+    if tasks.find(args.task).evaluate:  # hyperpretraining is watched on tasks, and its result is a loss
+        return None
     trained = read_args(folder)
     same = all(
         trained[name] == getattr(args, name)

@@ -205,8 +205,8 @@ def rotary_angles(positions: Tensor, config: Config) -> Angles:
     frequencies = 1.0 / config.rope_theta ** (steps / config.head_size)
     if config.rope_scaling:
         factor, low, high, length = config.rope_scaling
-        # By how often a pair turns over the context that the model was first trained on: fast pairs stay (share 1),
-        # slow ones turn `factor` times slower (share 0).
+        # By how often a pair turns over the context that the model was first trained on: fast ones stay (1),
+        # slow ones turn `factor` times slower (0).
         turns = length * frequencies / (2 * math.pi)
         share = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (share + (1 - share) / factor)
@@ -616,7 +616,7 @@ class Tokenizer:
         self.bos = model.bos_id()
         self.eos = model.eos_id()
         self.piece = model.id_to_piece  # a space is written as "▁"
-        # SentencePiece puts a space before a text. Encoded after a newline, which is then cut off, it has none,
+        # SentencePiece puts a space before a text. Encoded after a newline, which is cut off, it has none,
         # and encode(a) + encode(b) = encode(a + b) at newlines.
         self._encode = lambda text: model.encode("\n" + text)[len(newline) :]
         self._decode = lambda ids: model.decode(newline + ids)[1:]

@@ -1,8 +1,8 @@
-"""No gists at all: the prefix is read where the base already gathers an example, at the last token of each answer.
+"""No gists at all: the prefix is read where the base gathers an example, at the last token of each answer.
 
 In-context learning collects what an example says at its label ("label words are anchors", arXiv 2305.14160).
-The keys and values at BOS and at these tokens are a prefix of as many positions as there are examples, and one.
-With an untrained LoRA set they are a control that costs nothing; training starts from there, while gist tokens
+The keys and values at BOS and at these tokens are a prefix of one position more than there are examples.
+With an untrained LoRA set they are a control that costs nothing; training starts there, while gist tokens
 start from nothing. On a small real base this is what works (docs/real.md).
 """
 

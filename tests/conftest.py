@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -163,12 +162,6 @@ MAINS = {
     "export": export.main,
     "probe": probe.main,
 }
-
-
-def command(*argv, program=ROOT / "train.py"):
-    """What subprocess needs to run a command on the CPU."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return [sys.executable, str(program), *map(str, argv)], {"env": env, "text": True}
 
 
 def run(*argv, program="train", status=0):

@@ -599,3 +599,11 @@ def test_prefix_tuning_has_a_default_folder_for_each_start(tmp_path, hypernetwor
     folders = [training.parse(["--task", "prefix", *start])[1] for start in starts]
     assert len(set(folders)) == len(starts) and str(folders[0]) == "runs/prefix-random-seed0"
     assert folders[-1].name == "prefix-hyper-gists-4-run-other-seed0"
+
+
+def test_a_loss_has_no_score_before_it(tmp_path):
+    """Hyperpretraining is watched on P3's tasks, whose accuracy is no "before" of its loss."""
+    args = (ROOT / "tiny" / "llama-c" / "args.json").read_text()
+    (tmp_path / "args.json").write_text(args)
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "score": 44.0, "before": 44.0}\n')
+    assert score_before(tmp_path, all_options()(**json.loads(args))) is None
