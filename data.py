@@ -14,7 +14,7 @@ then become the tensors of a Batch.
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -98,18 +98,17 @@ class Formatter:
     context       most tokens of a row of examples, gists included
     query_length  most tokens of a query with its target
     end           what a target ends with: "eos", or "layout", what follows it where examples stand in a row
-    left_out      counts what didn't fit, if given
+    left_out      counts what didn't fit (report)
     """
 
     tokenizer: Tokenizer
     context: int
     query_length: int
     end: str = "eos"
-    left_out: Counter[str] | None = None
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def count(self, what: str, left_out: bool) -> None:
-        if self.left_out is not None:
-            self.left_out.update({what: 1, f"{what} left out": int(left_out)})
+        self.left_out.update({what: 1, f"{what} left out": int(left_out)})
 
     def instruction(self, episode: Episode, budget: int) -> list[int]:
         """The instruction's tokens; at most half of the budget, of which it keeps the beginning."""
@@ -181,18 +180,18 @@ class Formatter:
         return fits
 
 
+LEFT_OUT = {  # what is counted -> what becomes of it where it doesn't fit
+    "shots": "examples left out, because the context was full",
+    "instructions": "instructions cut at the end, because they were too long",
+    "targets": "training targets left out, because they were too long",
+    "queries": "queries cut at the beginning, because they were too long",
+}
+
+
 def report(left_out: Counter[str]) -> str:
     """What was left out or cut, in a line; empty if nothing was."""
-    texts = {
-        "shots": "examples left out, because the context was full",
-        "instructions": "instructions cut at the end, because they were too long",
-        "targets": "training targets left out, because they were too long",
-        "queries": "queries cut at the beginning, because they were too long",
-    }
-    counts = {what: left_out[f"{what} left out"] for what in texts}
-    return "; ".join(
-        f"{counts[what]} of {left_out[what]} {text}" for what, text in texts.items() if counts[what]
-    )
+    counts = {what: (left_out[f"{what} left out"], left_out[what]) for what in LEFT_OUT}
+    return "; ".join(f"{n} of {total} {LEFT_OUT[what]}" for what, (n, total) in counts.items() if n)
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -30,11 +30,12 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import tasks
 from data import Episode, Formatter, Task, report
-from gist import Gists, Rows, mean_pooled, read_rows
+from gist import Context, Gists, HyperLlama, Rows, label_anchors, mean_pooled, read_rows
 from llama import InputError, Llama, causal_mask_after, generate, int_tensor, ragged
 
 # fmt: off
@@ -46,6 +47,45 @@ from run import (
 # fmt: on
 
 # ------------------------------------------------------------------------------- choices, ranked
+
+
+class ChoiceRows(NamedTuple):
+    """Rows of a prompt and then all its choices [N, T].
+
+    tokens      a choice's last token predicts nothing, and is left out
+    branch      which choice a token belongs to; 0: to the prompt; -1: padding
+    positions   each choice goes on from the end of its prompt
+    predictors  where each token of each choice is predicted, as indices into N·T
+    """
+
+    tokens: Tensor
+    branch: Tensor
+    positions: Tensor
+    predictors: Tensor
+
+
+def choice_rows(prompts, choices, device: torch.device) -> ChoiceRows:
+    T = max(map(row_length, prompts, choices))
+    rows, branches, positions, predictors = [], [], [], []
+    for n, (prompt, options) in enumerate(zip(prompts, choices)):
+        row = [*prompt]
+        branch = [0] * len(prompt)
+        position = [*range(len(prompt))]
+        for number, option in enumerate(options, 1):
+            here = range(len(row), len(row) + len(option) - 1)
+            predictors += [n * T + len(prompt) - 1, *(n * T + t for t in here)]
+            row += option[:-1]
+            branch += [number] * len(here)
+            position += range(len(prompt), len(prompt) + len(here))
+        rows.append(row)
+        branches.append(branch)
+        positions.append(position)
+    return ChoiceRows(
+        ragged(rows, device=device),
+        ragged(branches, -1, device),
+        ragged(positions, device=device),
+        int_tensor(predictors, device),
+    )
 
 
 @torch.no_grad()
@@ -62,39 +102,19 @@ def score_choices(
     prefix: what comes before each of the N prompts. A row is a prompt and then all its choices: each goes on
     from the end of the prompt, at the same positions, and sees the prompt and itself. Nothing is read twice.
     """
-    T = max(map(row_length, prompts, choices))
     device = model.embed_tokens.weight.device
-    rows, branches, positions, predictors = [], [], [], []
-    for n, (prompt, options) in enumerate(zip(prompts, choices)):
-        row = [*prompt]
-        branch = [0] * len(prompt)  # which choice a token belongs to; 0: to the prompt
-        position = [*range(len(prompt))]
-        for number, option in enumerate(options, 1):
-            # Its last token predicts nothing, and is left out.
-            here = range(len(row), len(row) + len(option) - 1)
-            predictors += [n * T + len(prompt) - 1, *(n * T + t for t in here)]
-            row += option[:-1]
-            branch += [number] * len(here)
-            position += range(len(prompt), len(prompt) + len(here))
-        rows.append(row)
-        branches.append(branch)
-        positions.append(position)
-    tokens = ragged(rows, device=device)
-    branch = ragged(branches, -1, device)
-    positions = ragged(positions, device=device)
-
-    if prefix is None:
-        past = {"mask": None, "adapter": adapter}
-    else:
-        past = prefix.as_past(T, adapter)
+    tokens, branch, positions, predictors = choice_rows(prompts, choices, device)
+    N, T = tokens.shape
+    past = prefix.as_past(T, adapter) if prefix else {"past": None, "mask": None, "adapter": adapter}
+    if prefix:
         positions += past["offset"][:, None]
-    P = past["past"][0][0].shape[2] if past.get("past") else 0
+    P = past["past"][0][0].shape[2] if past["past"] else 0
     mask = past["mask"]
     if mask is None:
-        mask = causal_mask_after(torch.ones(len(rows), P, dtype=torch.bool, device=device), T)
+        mask = causal_mask_after(torch.ones(N, P, dtype=torch.bool, device=device), T)
     mask[:, :, -T:] &= (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
     # The prompt's last token predicts the first token of each of its choices: one logit row serves them all.
-    select, which = int_tensor(predictors, device).unique(return_inverse=True)
+    select, which = predictors.unique(return_inverse=True)
     logits = model(tokens, **past | {"offset": positions, "mask": mask}, select=select)[0].float()
 
     flat = [option for options in choices for option in options]
@@ -128,10 +148,16 @@ def compress(run: Run, contexts: Sequence[list], adapter: str | None) -> Gists:
 
 
 def shots_context(run: Run, episode: Episode, t: int) -> list[int]:
-    """All examples as they are: few-shot prompting. (Where gists stand for several sets, one of these.)"""
-    if run.hyper.compression.sets > 1:
-        episode = replace(episode, shots=episode.shots[: run.args.shots])
+    """All examples as they are: few-shot prompting."""
+    episode = one_set(run, episode)
     return run.formatter.context_tokens(episode, run.args.context - longest_query(run.formatter, episode))
+
+
+def one_set(run: Run, episode: Episode) -> Episode:
+    """Where gists stand for several sets of examples: with one of these."""
+    if run.hyper.compression.sets == 1:
+        return episode
+    return replace(episode, shots=episode.shots[: run.args.shots])
 
 
 def longest_query(formatter: Formatter, episode: Episode) -> int:
@@ -145,8 +171,19 @@ def read(run: Run, contexts: Sequence[list[int]], adapter: str | None) -> Gists:
 
 
 def pool(run: Run, contexts: Sequence[list[int]], adapter: str | None) -> Gists:
-    """A control: the base's keys and values of all examples, averaged to as many as there are gists."""
-    return mean_pooled(read_rows(run.hyper.model, contexts), len(run.hyper.gists))
+    """A control: the keys and values of all examples, averaged to as many as there are gists."""
+    model = run.hyper.model
+    return mean_pooled(read_rows(model, contexts), len(run.hyper.gists), model.config)
+
+
+def anchor_context(run: Run, episode: Episode, t: int) -> list[Context]:
+    return [label_anchors(run.formatter, one_set(run, episode))]
+
+
+def keep(run: Run, contexts: Sequence[list[Context]], adapter: str | None) -> Gists:
+    """Keys and values at some of the examples' tokens. Nothing is trained."""
+    rows = Rows.of([row for (row,) in contexts], run.device)
+    return HyperLlama(run.hyper.model, run.hyper.gists, None).compress(rows)
 
 
 def fewer_context(run: Run, episode: Episode, t: int) -> list[int]:
@@ -172,7 +209,8 @@ class Column:
     """One column of the table.
 
     context, prefix  what comes before a query, as above; None: nothing
-    trained   whether the run's own LoRA set answers; else the base does
+    trained   whether the run's own LoRA set answers; else the model without it does
+    base      whether the model answers as it was before hyperpretraining (Run.base)
     instruct  whether and where the instruction stands in the query itself ("no", "inside", "before":
               Formatter.query); None: as --instruction-downstream says
     other     whether the context is that of another task
@@ -183,20 +221,24 @@ class Column:
     context: Callable | None = None
     prefix: Callable | None = None
     trained: bool = True
+    base: bool = False
     instruct: str | None = None
     other: bool = False
     bos: bool = True
 
 
 MAIN = {
-    "hyper": Column("hyper", gist_context, compress),
+    "hyper": Column("gists", gist_context, compress),
     "fewshot": Column("fewshot", shots_context, read, instruct="no", bos=False),
     "zeroshot": Column("zeroshot", instruct="before"),
 }
-BASELINES = {  # the untouched model
+BASELINES = {  # the model before any step of the run; "base_…": before hyperpretraining, too
     "zeroshot": Column("0-shot", trained=False, instruct="before"),
     "fewshot": Column("{shots}-shot", shots_context, read, trained=False, instruct="no", bos=False),
+    "label_anchors": Column("label anchors", anchor_context, keep, trained=False),
 }
+for name, title in (("fewshot", "base, {shots}-shot"), ("label_anchors", "base, label anchors")):
+    BASELINES[f"base_{name}"] = replace(BASELINES[name], title=title, base=True)
 CONTROLS = {  # of a hypernetwork
     "no_prefix": Column("no prefix"),
     "other_task": Column("other task", gist_context, compress, other=True),
@@ -209,12 +251,18 @@ TITLES |= {"main": "{method}", "copy_input": "copy input", "copy_example": "copy
 
 def columns(run: Run, tasks: Sequence[Task]) -> dict[str, Column]:
     """The number itself ("main"), the untouched model, and what a hypernetwork has to be better than."""
+    plain = {name: BASELINES[name] for name in ("zeroshot", "fewshot")}
     if run.task.prefix_of:
-        return {"main": Column("prefix", task_context, tuned)} | BASELINES
-    controls = CONTROLS if run.args.controls and run.args.method == "hyper" else {}
-    if len({task.group for task in tasks}) == 1:  # there is no other
-        controls = {name: column for name, column in controls.items() if not column.other}
-    return {"main": MAIN[run.args.method]} | BASELINES | controls
+        return {"main": Column("prefix", task_context, tuned)} | plain
+    main = {"main": MAIN[run.args.method]}
+    if run.args.method != "hyper" or not run.args.controls:
+        return main | plain
+    several = len({task.group for task in tasks}) > 1
+    return main | {
+        name: column
+        for name, column in (BASELINES | CONTROLS).items()
+        if (several or not column.other) and (run.base_folder or not column.base)
+    }
 
 
 # -------------------------------------------------------------------------------------- queries, scored
@@ -383,6 +431,7 @@ def draw_held_out(run: Run) -> HeldOut:
 
 def digest(run: Run, column: Column, episodes: list[Episode], others: list[Episode], t: int) -> str:
     """Of all that a score depends on but the step: the tokens read, and the weights that read them."""
+    run = run.base if column.base else run
     encoded = encode(run, column, episodes, others, t)
     adapter = run.hyper.downstream_adapter if column.trained else None
     model = run.hyper.model
@@ -449,6 +498,7 @@ def score(
     run: Run, column: Column, episodes: list[Episode], others: list[Episode], t: int = 0
 ) -> list[float]:
     """A score in percent for each query of task number t: whether the best choice is right, or ROUGE-L."""
+    run = run.base if column.base else run
     queries = [query for episode in episodes for query in episode.queries]
     answers = predict(run, column, episodes, encode(run, column, episodes, others, t))
     return [run.task.score(answer, query) for answer, query in zip(answers, queries)]
@@ -468,8 +518,11 @@ def evaluate(run: Run, held_out: HeldOut, out: Path | None = None) -> tuple[dict
     for name in table:
         first.setdefault(tuple(held_out.digests[name, t, 0] for t in range(len(held_out.tasks))), name)
     scores |= run.task.without_a_model(held_out.episodes[0])
-    shown = [name for name in scores if name not in CONTROLS or name in first.values()]
     averages = {name: average(run, held_out, values) for name, values in scores.items()}
+    anchors = [name for name in averages if "label_anchors" in name]
+    hidden = set(anchors) - {max(anchors, key=averages.get, default=None)}  # the better one is shown
+    hidden |= {name for name in CONTROLS if name not in first.values()}
+    shown = [name for name in scores if name not in hidden]
     results = {
         "task": args.task,
         "method": args.method,
@@ -543,20 +596,28 @@ def spread(draws: list[float]) -> float | None:
     return stdev(draws) if len(draws) > 1 else None
 
 
+MOST_LINES = 12  # of a table, before groups are put together
+
+
 def result_table(run: Run, held_out: HeldOut, scores: dict[str, list[list[float]]]) -> list[list[str]]:
-    """A row per group, a column per condition; ± over draws of examples.
+    """A row per group (where these are many, per first word of their names), a column per condition.
+
+    ± is over draws of examples.
 
     Where some examples didn't fit: how many were read, by gists and in context.
     """
     unit = {"accuracy": "accuracy, %", "rougeL": "ROUGE-L"}[run.task.METRIC]
     unit += f", first {run.args.limit} of each" * bool(run.args.limit)
     read = {name: fmean(shots[name] for shots in held_out.shots) for name in ("hyper", "fewshot")}
-    fields = vars(run.args) | {"shots": f"{read['fewshot']:.3g}"}
+    fields = {"shots": f"{read['fewshot']:.3g}", "method": columns(run, held_out.tasks)["main"].title}
     some_left_out = held_out.left_out["shots left out"] > 0
     heads = ["examples read"] * some_left_out + [TITLES[name].format(**fields) for name in scores]
     lines = [[unit, "queries", *heads]]
-    for group in [*dict.fromkeys(task.group for task in held_out.tasks), None]:
-        chosen = [t for t, task in enumerate(held_out.tasks) if group in (task.group, None)]
+    groups = [task.group for task in held_out.tasks]
+    if len(set(groups)) > MOST_LINES:
+        groups = [group.split("_")[0] for group in groups]
+    for group in [*dict.fromkeys(groups), None]:
+        chosen = [t for t, name in enumerate(groups) if group in (name, None)]
         line = [
             "average" if group is None else group if len(chosen) == 1 else f"{group} ({len(chosen)} tasks)"
         ]

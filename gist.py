@@ -6,7 +6,7 @@ Training and use take these two passes. The joint pass, one row under the gist m
 says the same thing as one formula; it stays here as the explanation, and the tests hold the two ways
 to the same logits and gradients.
 
-`python gist.py` draws the mask and compares the two ways.
+`python gist.py` is the lecture: all of this in six steps, computed and drawn (tools/lecture.py).
 
 Shapes: B rows, T tokens, G gists, P past, L layers, K KV heads, hd head size, D width, V vocabulary.
 """
@@ -18,14 +18,13 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the process, withou
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import KV, Llama, Tokenizer, causal_mask_after, positions_of, ragged, rotary_angles, rotate
+from llama import KV, Config, Llama, causal_mask_after, positions_of, ragged, rotary_angles, rotate
 
 
 def gist_mask(is_gist: Tensor) -> Tensor:
@@ -265,6 +264,26 @@ def average(hyper: HyperLlama, pieces: Sequence[Rows]) -> Gists:
 # ------------------------------------------------------------- prefixes that no hypernetwork has made
 
 
+def label_anchors(formatter, episode) -> Context:
+    """BOS, instruction and examples. What is kept are the last tokens of these: of BOS, of each answer.
+
+    In-context learning gathers what an example says at its label (Wang et al. 2023, arXiv 2305.14160). The
+    keys and values there are a prefix that costs no training. As after gists, queries go on right after as many
+    positions as are kept.
+    """
+    tokens, examples = formatter.context_parts(episode)
+    kept = sorted({0, len(tokens) - 1})
+    for example in examples:
+        tokens = tokens + example
+        last = len(tokens) - 1
+        while last > kept[-1] + 1 and not formatter.tokenizer.decode([tokens[last]]).strip():
+            last -= 1  # a line break after the answer
+        kept.append(last)
+    tokens = tokens[: kept[-1] + 1]
+    end = len(kept)
+    return Context(tokens, list(range(end - len(tokens), end)), kept)
+
+
 @torch.no_grad()
 def read_rows(model: Llama, rows: Sequence[Sequence[int]], adapter: str | None = None) -> Gists:
     """The keys and values of every token of some rows: few-shot prompting, as a prefix."""
@@ -274,8 +293,12 @@ def read_rows(model: Llama, rows: Sequence[Sequence[int]], adapter: str | None =
     return Gists(past, lengths, positions_of(tokens) < lengths[:, None] if len(rows) > 1 else None)
 
 
-def mean_pooled(prefix: Gists, count: int) -> Gists:
-    """Keys and values averaged over `count` stretches. Nothing is learned."""
+def mean_pooled(prefix: Gists, count: int, config: Config) -> Gists:
+    """Keys and values of whole rows, averaged over `count` stretches. Nothing is learned.
+
+    Keys are averaged as they were before their rotation (rotated ones from different positions would cancel
+    out), and then rotated for the positions at which gists stand, 0 … count - 1.
+    """
     lengths = prefix.offset.tolist()
     count = min(count, *lengths)
 
@@ -283,166 +306,15 @@ def mean_pooled(prefix: Gists, count: int) -> Gists:
         rows = [row[:, :length].tensor_split(count, dim=1) for row, length in zip(x, lengths)]
         return torch.stack([torch.stack([part.mean(1) for part in parts], dim=1) for parts in rows])
 
-    return Gists([(pool(k), pool(v)) for k, v in prefix.past], prefix.offset)
-
-
-# ---------------------------------------------------------------------------------------- the lecture
-
-TINY = Path(__file__).parent / "tiny"
-TRAINED = Path(__file__).parent / "runs" / "p3-hyper-frozen-seed0"  # what `python train.py --task p3` leaves
-
-
-def lecture() -> None:
-    """The idea in a page: positions, mask, two roles, offset, what a prefix holds, and where a query looks."""
-    from run import all_options, build, open_run, read_args, resolve_args  # (run.py comes after this file)
-    from tools.answer import read_examples
-
-    trained = (TRAINED / "adapters.safetensors").exists()
-    run = open_run(all_options()(**read_args(TRAINED)), TRAINED) if trained else None
-    hyper = run.hyper if run else build(resolve_args({"task": "p3"}))
-    if not trained:  # a LoRA set that does something
-        for p in (p for name, p in hyper.named_parameters() if name.endswith(".B")):
-            p.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
-    print(f"The model: {TRAINED.name if trained else 'tiny/llama-c, with random numbers as its LoRA set'}\n")
-    tokenizer = Tokenizer(TINY / "llama-c")
-    rows = [(row.input, row.target) for row in read_examples(TINY / "my.jsonl")]
-    examples = [tokenizer.bos, *tokenizer.encode("".join(f"\nInput:\n{x}\nOutput:\n{y}" for x, y in rows))]
-    queries = [[tokenizer.bos, *tokenizer.encode(f"\nInput:\n{x}\nOutput:\n")] for x, _ in rows]
-    answers = [tokenizer.encode(y)[0] for _, y in rows]
-    with torch.no_grad():
-        show_positions(len(examples), len(hyper.gists), len(queries[0]))
-        show_mask(hyper, tokenizer)
-        show_roles(hyper, examples, queries[0])
-        show_prefixes(hyper, examples, queries, answers)
-        show_offsets(hyper, examples, queries, answers)
-        show_attention(hyper, examples, queries[0])
-
-
-def show_positions(examples: int, G: int, query: int) -> None:
-    print(
-        "1. Positions. Examples begin at a negative one, so that the gists always stand at the same place, and"
-    )
-    print("   the query goes on after them: the prefix is (keys and values of the gists, offset).\n")
-    print(f"   {-examples:>6} … -1      0 … {G - 1}     {G} … {G + query - 1}")
-    print("   BOS, examples    gists      BOS, query")
-    print("   first pass: LoRA on         second pass: LoRA off\n")
-
-
-def show_mask(hyper: "HyperLlama", tokenizer: Tokenizer) -> None:
-    V = hyper.model.config.vocab
-    words = tokenizer.encode("fox\nkilo\nowl\neast\n")
-    row = [tokenizer.bos, *words, V, V + 1, V + 2, tokenizer.bos, *tokenizer.encode("fox\n")]
-    is_gist = torch.tensor([row]) >= V
-    print("2. The gist mask. A row is a token that looks; # a gist, o another token, . hidden from it.\n")
-    for t, sees in enumerate(gist_mask(is_gist)[0].tolist()):
-        name = f"gist {row[t] - V}" if row[t] >= V else tokenizer.piece(row[t]).replace("<0x0A>", "\\n")
-        marks = " ".join("." if not seen else "#" if is_gist[0, s] else "o" for s, seen in enumerate(sees))
-        print(f"   {t - len(words) - 1:>3} {name:>7}  {marks}{'   kept' if is_gist[0, t] else ''}")
-    print(
-        "\n   After the gists, only they lead to the examples: a second pass needs nothing but what is kept.\n"
-    )
-
-
-def answer_logits(
-    hyper: "HyperLlama", gists: Gists | None, queries: list[list[int]], shift: int = 0
-) -> Tensor:
-    """Logits of the token after each query. [N, V]"""
-    tokens = ragged(queries)
-    lengths = torch.tensor([len(query) for query in queries])
-    past = {"adapter": hyper.downstream_adapter}
-    if gists:
-        past = gists[torch.zeros(len(queries), dtype=torch.long)].as_past(
-            tokens.shape[1], hyper.downstream_adapter
-        )
-        past["offset"] = past["offset"] + shift
-    select = torch.arange(len(queries)) * tokens.shape[1] + lengths - 1
-    return hyper.model(tokens, **past, select=select)[0]
-
-
-def show_roles(hyper: "HyperLlama", examples: list[int], query: list[int]) -> None:
-    """Two passes against the joint pass, with LoRA in each of its states in either role."""
-    rows = Rows.of([with_gists(examples, hyper.gist_ids)])
-    joint = hyper.joint(torch.tensor([examples + hyper.gist_ids + query]))[0, -1]
-    print("3. One base in two roles. Largest difference of the next token's logits from the joint pass:\n")
-    roles = hyper.hyper_adapter, hyper.downstream_adapter
-    for first, second in ((True, False), (False, False), (True, True)):
-        hyper.hyper_adapter, hyper.downstream_adapter = ("hyper" if on else None for on in (first, second))
-        difference = (answer_logits(hyper, hyper.compress(rows), [query])[0] - joint).abs().max()
-        how = " and ".join(
-            f"LoRA {'on ' if on else 'off'} for the {who}"
-            for on, who in ((first, "examples"), (second, "query"))
-        )
-        print(f"   {how}: {difference:8.5f}{'   the two passes' if (first, second) == (True, False) else ''}")
-    hyper.hyper_adapter, hyper.downstream_adapter = roles
-    print()
-
-
-def chance_of_answers(logits: Tensor, answers: list[int]) -> tuple[float, float]:
-    """Mean probability of the right answers; and how often the right answer beats the other one."""
-    choices = sorted(set(answers))
-    right = torch.tensor([choices.index(answer) for answer in answers])
-    best = logits[:, choices].argmax(1)
-    chosen = logits.softmax(1)[torch.arange(len(answers)), torch.tensor(answers)]
-    return chosen.mean().item(), (best == right).float().mean().item()
-
-
-def show_prefixes(
-    hyper: "HyperLlama", examples: list[int], queries: list[list[int]], answers: list[int]
-) -> None:
-    other = [examples[0], *examples[1:][::-1]]  # the same words in a senseless order
-    print("4. What a prefix holds: the sixteen examples of tiny/my.jsonl, each asked back.\n")
-    print("   prefix                       probability of the answer   right of the two")
-    for name, tokens in (
-        ("gists of the examples", examples),
-        ("gists of the words reversed", other),
-        ("none", None),
-    ):
-        gists = hyper.compress(Rows.of([with_gists(tokens, hyper.gist_ids)])) if tokens else None
-        chance, share = chance_of_answers(answer_logits(hyper, gists, queries), answers)
-        print(f"   {name:<28} {chance:>24.1%} {share:>18.0%}")
-    print()
-
-
-def show_offsets(
-    hyper: "HyperLlama", examples: list[int], queries: list[list[int]], answers: list[int]
-) -> None:
-    gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
-    print(
-        "5. The offset. The same prefix, and queries that begin too early or too late by so many positions:\n"
-    )
-    for shift in (-128, -64, -32, -16, -4, 0, 4, 16, 32, 64, 128):
-        chance, share = chance_of_answers(answer_logits(hyper, gists, queries, shift), answers)
-        print(f"   {shift:>+4}  {chance:>5.1%}  {'█' * round(40 * chance)}")
-    print("\n   The gists' keys stay rotated where they were made, so a query has to count on from there.\n")
-
-
-def show_attention(hyper: "HyperLlama", examples: list[int], query: list[int]) -> None:
-    """How the last token of a query divides its attention, in each layer, mean over heads."""
-    model = hyper.model
-    G = len(hyper.gists)
-    gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
-    x, positions, adapter = model.embed(torch.tensor([query]), gists.offset, hyper.downstream_adapter)
-    angles = rotary_angles(positions, model.config)
-    print("6. Where the query's last token looks: its attention to the gists 0 … 15, and to the rest.\n")
-    for i, layer in enumerate(model.layers):
-        attention = layer.self_attn
-        h = layer.input_layernorm(x)
-        q = rotate(attention.heads(attention.q_proj(h, adapter)), angles)[0, :, -1]  # [H, hd]
-        k, _ = attention.keys_values(h, angles, gists.past[i], adapter)
-        k = k[0].repeat_interleave(len(q) // k.shape[1], dim=0)  # [H, P + T, hd]
-        shares = ((k @ q[..., None])[..., 0] / q.shape[1] ** 0.5).softmax(1).mean(0)
-        shades = "".join(" ░▒▓█"[min(4, round(40 * share))] for share in shares[:G].tolist())
-        print(
-            f"   layer {i}  |{shades}|  gists {shares[:G].sum():.0%}, the query itself {shares[G:].sum():.0%}"
-        )
-        x, _, _ = layer(x, angles, gists.past[i], None, adapter)
+    positions = torch.arange(prefix.past[0][0].shape[2], device=prefix.offset.device)[None]
+    back = rotary_angles(-positions, config)
+    forth = rotary_angles(positions[:, :count], config)
+    past = [(rotate(pool(rotate(k, back)), forth), pool(v)) for k, v in prefix.past]
+    return Gists(past, torch.full_like(prefix.offset, count))
 
 
 if __name__ == "__main__":
-    from run import Parser, run_command
-
-    def main() -> None:
-        Parser(__doc__).parse_args()  # there are no options
-        lecture()
+    from run import run_command
+    from tools.lecture import main
 
     run_command(main)

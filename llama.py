@@ -43,17 +43,17 @@ class InputError(Exception):
 
 @contextmanager
 def reading(path: str | Path, what: str = "is damaged") -> Iterator[None]:
-    """Whatever a parser raises on a bad file becomes an InputError with the file and `what` is wrong."""
+    """Whatever a library raises on a bad file becomes an InputError: which file, and `what` is wrong."""
     try:
         yield
-    except InputError:
+    except InputError:  # says it already
         raise
     except Exception as problem:  # a damaged file can make a parser raise anything
         reason = getattr(problem, "strerror", None) or str(problem).split("\n")[0] or type(problem).__name__
-        reason = "it is not UTF-8" if isinstance(problem, UnicodeError) else reason
-        raise InputError(
-            f"{path}: {reason} is missing" if isinstance(problem, KeyError) else f"{path}: {what} ({reason})"
-        ) from None
+        if isinstance(problem, UnicodeError):
+            reason = "it is not UTF-8"
+        text = f"{reason} is missing" if isinstance(problem, KeyError) else f"{what} ({reason})"
+        raise InputError(f"{path}: {text}") from None
 
 
 class RopeScaling(NamedTuple):
@@ -83,39 +83,40 @@ class Config:
 
 def read_config(folder: Path) -> Config:
     """Read Hugging Face's config.json or Meta's params.json. InputError for what we don't implement."""
-    path = folder / "config.json" if (folder / "config.json").exists() else folder / "params.json"
-    if not path.exists():
-        raise InputError(f"{folder}: not a Llama checkpoint (no config.json or params.json)")
-    with reading(path, "a field has a wrong value"):
+    path = folder / "config.json"
+    if not path.exists() and (folder / "params.json").exists():
+        path = folder / "params.json"
+    with reading(path, "not a Llama checkpoint's configuration"):
         raw = json.loads(path.read_text(encoding="utf-8"))
         config = _config_from_hf(raw) if path.name == "config.json" else _config_from_meta(raw, folder)
         numbers = vars(config) | (config.rope_scaling._asdict() if config.rope_scaling else {})
-        for field in numbers.keys() - {"tied", "rope_scaling"}:
-            value = numbers[field]
-            kind = (int, float) if field.endswith(("norm_eps", "rope_theta", "factor")) else int
-            if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < float("inf"):
+        del numbers["tied"], numbers["rope_scaling"]
+        for field, value in numbers.items():
+            if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{field} = {value!r} is not a positive number")
-        if config.heads % config.kv_heads or config.head_size % 2:
-            raise ValueError(
-                f"{config.heads} heads of size {config.head_size} don't fit {config.kv_heads} KV heads"
-            )
     return config
+
+
+_IMPLEMENTED = {  # the values of config.json's fields that this file computes; None: the field is absent
+    "model_type": ["llama"],
+    "hidden_act": ["silu", None],
+    "attention_bias": [False, None],
+    "mlp_bias": [False, None],
+    "quantization_config": [None],
+    "rope_type": ["llama3", "default", None],
+}
 
 
 def _config_from_hf(raw: dict) -> Config:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # newer and older name
-    refused = {
-        "model_type": raw.get("model_type") != "llama",
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
-        "rope_scaling": (kind := rope.get("rope_type", rope.get("type", "default")))
-        not in ("default", "llama3"),
-    }
-    for field in ("attention_bias", "mlp_bias", "quantization_config"):
-        refused[field] = raw.get(field)
-    for field in filter(refused.get, refused):
-        raise ValueError(f"{field} = {raw.get(field)!r} is not implemented")
+    rope_type = rope.get("rope_type", rope.get("type"))
+    for field, values in _IMPLEMENTED.items():
+        value = rope_type if field == "rope_type" else raw.get(field)
+        if value not in values:
+            raise ValueError(f"{field} = {value!r} is not implemented")
     width = raw["hidden_size"]
     heads = raw["num_attention_heads"]
+    scaling = RopeScaling(*map(rope.__getitem__, RopeScaling._fields)) if rope_type == "llama3" else None
     return Config(
         vocab=raw["vocab_size"],
         width=width,
@@ -128,15 +129,13 @@ def _config_from_hf(raw: dict) -> Config:
         rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
         max_positions=raw.get("max_position_embeddings", 2048),
         tied=bool(raw.get("tie_word_embeddings")),
-        rope_scaling=RopeScaling(*(rope[field] for field in RopeScaling._fields))
-        if kind == "llama3"
-        else None,
+        rope_scaling=scaling,
     )
 
 
 def _config_from_meta(raw: dict, folder: Path) -> Config:
     if raw.get("use_scaled_rope"):
-        raise ValueError("use_scaled_rope is not implemented")
+        raise ValueError("use_scaled_rope is not implemented")  # by what factor, the file doesn't say
     width = raw["dim"]
     heads = raw["n_heads"]
     hidden = int((raw.get("ffn_dim_multiplier") or 1) * int(8 * width / 3))
@@ -340,7 +339,8 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, linear) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab, bias=False)
-        self.tie()
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
         self.checksum = ""  # of what was loaded
         self.checkpoint_activations = False  # recompute layers in backward: less memory, more work
 
@@ -361,15 +361,13 @@ class Llama(nn.Module):
         offset   [B] position of each row's first token (0 when there is no past); or [B, T], of every token
         adapter  name of the LoRA set that acts, or {name: gate [B, T, 1]} to let it act in places
         mask     [B, T, P + T] bool, True = may look; default: causal, and the past is seen whole
-        select   [N] the positions whose logits are wanted, as indices into B·T (default: every one)
+        select   [N] the positions whose logits are wanted, as indices into B·T (default: every one); no gates
 
         Returns logits [B, T, V], or [N, V] with `select`; and all keys and values: the `past` of what's next.
         """
         if past is not None and offset is None:
             raise ValueError("a past needs an offset: the position at which the new tokens go on")
         x, positions, adapter = self.embed(tokens, offset, adapter)
-        if select is not None and any(isinstance(gate, Tensor) for gate in adapter.values()):
-            raise ValueError("gates are for all positions, so they don't go with `select`")
         angles = rotary_angles(positions, self.config)
         present = []
         for i, layer in enumerate(self.layers):
@@ -411,11 +409,6 @@ class Llama(nn.Module):
         angles = rotary_angles(positions[index], self.config)
         return [*present, self.run_layer(self.layers[last].keys_values, x, angles, adapter)]
 
-    def tie(self) -> None:
-        """One parameter for embedding and lm_head, where the configuration says so."""
-        if self.config.tied:
-            self.lm_head.weight = self.embed_tokens.weight
-
     def embed(
         self, tokens: Tensor, offset: Tensor | None, adapter: Adapter
     ) -> tuple[Tensor, Tensor, Mapping]:
@@ -453,33 +446,26 @@ def load(
     """
     folder = Path(folder)
     config = read_config(folder)
-    size = sum(path.stat().st_size for pattern in ("*.safetensors", "*.pth") for path in folder.glob(pattern))
-    least = config.layers * config.width * (config.hidden + config.heads * config.head_size)
-    if least + config.vocab * config.width > size:  # a crafted config could fill the memory
-        raise InputError(
-            f"{folder}: its config asks for more parameters than its {size:,} bytes of weights can hold"
-        )
-    with torch.device("meta"):
-        model = Llama(config, linear)
-    missing = {name: p.shape for name, p in model.named_parameters()}
-    read = (
-        _read_hf(folder) if (folder / "config.json").exists() else _read_meta(folder, config, dict(missing))
-    )
-    samples = {}
-    lm_head = None
-    with reading(folder, "unreadable weights"):
-        for name, tensor in tqdm(read, total=len(missing), desc="loading", leave=False, delay=1):
-            if config.tied and name == "lm_head.weight" and lm_head is None:
-                lm_head = tensor  # some checkpoints hold it all the same
-                continue
-            if name not in missing:
-                raise InputError(f"{folder}: unexpected or repeated tensor {name}")
-            if tensor.shape != missing.pop(name) or not tensor.is_floating_point():
-                raise InputError(
-                    f"{folder}: {name} is {tensor.dtype} {list(tensor.shape)}, which doesn't fit the config"
-                )
+    files = [path for pattern in ("*.safetensors", "consolidated.*.pth") for path in folder.glob(pattern)]
+    size = sum(path.stat().st_size for path in files)
+    if config.layers * config.width * config.hidden > size:  # so many layers could fill the memory
+        raise InputError(f"{folder}: its config asks for more parameters than {size:,} bytes of weights hold")
+    with reading(folder, "can't be loaded"):
+        with torch.device("meta"):
+            model = Llama(config, linear)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        is_hf = (folder / "config.json").exists()
+        tensors = _read_hf(folder) if is_hf else _read_meta(folder, config, shapes)
+        missing = dict(shapes)
+        samples = {}
+        for name, tensor in tqdm(tensors, total=len(shapes), desc="loading", leave=False, delay=1):
             sample = tensor.flatten()[:: max(1, tensor.numel() // 64)]
             samples[name] = sample.bfloat16().float().numpy().tobytes()
+            if config.tied and name == "lm_head.weight":
+                continue  # some checkpoints hold it all the same
+            if tensor.shape != missing.pop(name, None) or not tensor.is_floating_point():
+                found = f"{name} is {tensor.dtype} {list(tensor.shape)}"
+                raise InputError(f"{folder}: {found}, which its config doesn't ask for (or not twice)")
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             if isinstance(module, Linear):
@@ -488,11 +474,12 @@ def load(
                 setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
-    model.tie()
-    if lm_head is not None and not torch.equal(lm_head.to(device, dtype), model.embed_tokens.weight):
-        raise InputError(
-            f"{folder}: its config ties lm_head to the embedding, and its lm_head.weight is another"
-        )
+    if config.tied:
+        embedding = samples["embed_tokens.weight"]
+        if samples.pop("lm_head.weight", embedding) != embedding:
+            text = "its config ties lm_head to the embedding, and its lm_head.weight is another"
+            raise InputError(f"{folder}: {text}")
+        model.lm_head.weight = model.embed_tokens.weight
     model.checksum = _checksum(config, samples, tokenizer_of(folder))
     return model
 
@@ -508,23 +495,18 @@ def _checksum(config: Config, samples: Mapping[str, bytes], tokenizer: Path | No
 
 
 def _read_hf(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    names = sorted(path.name for path in folder.glob("model*.safetensors"))
+    paths = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
         with reading(index, "not a weight index"):
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise InputError(f"{index}: names a file outside its folder")
-    if not names:
-        raise InputError(f"{folder}: no model*.safetensors files")
-    for name in names:
-        with safe_open(folder / name, framework="pt") as file:  # (old exports store a constant, inv_freq)
-            keys = [key for key in file.keys() if not key.endswith("rotary_emb.inv_freq")]
-        for key in keys:
-            with safe_open(
-                folder / name, framework="pt"
-            ) as file:  # a new map each time: what was read leaves memory
-                yield key.removeprefix("model."), file.get_tensor(key)
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            paths = [folder / Path(name).name for name in sorted(names)]  # never outside of the folder
+    for path in paths:
+        with reading(path, "unreadable weights"):
+            for key in safe_open(path, framework="pt").keys():
+                if not key.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
+                    # Opened anew, each tensor has a memory map of its own, which goes when it is copied.
+                    yield key.removeprefix("model."), safe_open(path, framework="pt").get_tensor(key)
 
 
 _META_NAMES = {  # Meta's name -> Hugging Face's
@@ -542,34 +524,29 @@ _META_NAMES = {  # Meta's name -> Hugging Face's
 }
 
 
-def _read_meta(folder: Path, config: Config, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    paths = sorted(folder.glob("consolidated.*.pth"))
+def _read_meta(
+    folder: Path, config: Config, shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
     shards = []
-    if not paths:
-        raise InputError(f"{folder}: no consolidated.*.pth files")
-    for path in paths:
+    for path in sorted(folder.glob("consolidated.*.pth")):
         try:  # weights_only refuses a pickle that would run code
             shards.append(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-            plain = all(
-                isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in shards[-1].items()
-            )
-        except Exception:  # a crafted pickle can make torch raise anything, and its messages advise to run it
-            plain = False
-        if not plain or shards[-1].keys() != shards[0].keys():
-            raise InputError(f"{path}: not a checkpoint of named tensors, the same ones in all of its files")
-    for key in [key for key in shards[0] if key != "rope.freqs"]:
+        except Exception:  # torch's own message advises to run it
+            raise InputError(f"{path}: not a checkpoint of tensors and nothing else") from None
+    for key, tensor in shards[0].items():
         name = key
         for theirs, ours in _META_NAMES.items():
             name = name.replace(theirs + ".", ours + ".")
-        parts = [shard[key] for shard in shards]
-        shape = shapes.get(name, parts[0].shape)  # split along the one axis on which the shards are smaller
-        axis = next((a for a, (part, full) in enumerate(zip(parts[0].shape, shape)) if part != full), None)
-        tensor = parts[0] if axis is None else torch.cat(parts, axis)
-        if name.endswith(("q_proj.weight", "k_proj.weight")) and tensor.shape == shape:
+        shape = shapes.get(name, tensor.shape)
+        if tensor.shape != shape:  # split along the one axis on which the shards are smaller
+            axis = int(tensor.shape[1:] != shape[1:])
+            tensor = torch.cat([shard[key] for shard in shards], axis)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
             # Meta rotates neighbours (2i, 2i+1), Hugging Face halves (i, i + hd/2): re-pair each head's rows.
             heads = tensor.unflatten(0, (-1, config.head_size // 2, 2))  # [h, hd/2, 2, D]
             tensor = heads.transpose(1, 2).reshape(tensor.shape)
-        yield name, tensor
+        if name != "rope.freqs":  # a constant
+            yield name, tensor
 
 
 # ------------------------------------------------------------------------------ tokenizer, generation
@@ -577,14 +554,12 @@ def _read_meta(folder: Path, config: Config, shapes: dict[str, torch.Size]) -> I
 
 def tokenizer_of(folder: Path) -> Path | None:
     """tokenizer.model in the folder, or beside it (as Meta ships it); else tokenizer.json."""
-    for path in (
+    candidates = (
         folder / "tokenizer.model",
         folder.absolute().parent / "tokenizer.model",
         folder / "tokenizer.json",
-    ):
-        if path.is_file():
-            return path
-    return None
+    )
+    return next(filter(Path.is_file, candidates), None)
 
 
 class Tokenizer:
@@ -598,15 +573,15 @@ class Tokenizer:
         if self.path is None:
             raise InputError(f"{folder}: no tokenizer.model and no tokenizer.json")
         with reading(self.path, "not a tokenizer of Llama's kind"):
-            load_tokenizer = self._load_json if self.path.suffix == ".json" else self._load_sentencepiece
-            load_tokenizer()
+            if self.path.suffix == ".json":
+                self._load_json()
+            else:
+                self._load_sentencepiece()
             self._pieces = lru_cache(1 << 15)(self._encode)  # rows come again: in other draws and columns
-            if any(
-                self.decode(self.encode(text)) != text
-                for text in ("\n", "\na", "a\nb", "a \n b\n", "1\n2\n\n")
-            ):
-                raise ValueError("it loses newlines or spaces")
-            if self.bos is None or self.eos is None or min(self.bos, self.eos) < 0:
+            for text in ("\n", "\na", "a\nb", "a \n b\n", "1\n2\n\n"):
+                if self.decode(self.encode(text)) != text:
+                    raise ValueError("it loses newlines or spaces")
+            if self.bos in (None, -1) or self.eos in (None, -1):
                 raise ValueError("it has no BOS or no EOS")
 
     def _load_sentencepiece(self) -> None:
@@ -622,17 +597,18 @@ class Tokenizer:
         self._decode = lambda ids: model.decode(newline + ids)[1:]
 
     def _load_json(self) -> None:
-        try:
+        with reading(self.path, "needs the package tokenizers"):
             import tokenizers
-        except ImportError:
-            raise InputError(f"{self.path}: needs the package tokenizers (pip install tokenizers)") from None
         model = tokenizers.Tokenizer.from_file(str(self.path))
-        config = json.loads((self.path.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
-        special = (config.get(f"{name}_token") for name in ("bos", "eos"))  # text, or {"content": text, …}
-        self.bos, self.eos = (
-            model.token_to_id(t["content"] if isinstance(t, dict) else t or "") for t in special
-        )
+        special = json.loads((self.path.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
+
+        def token_id(name: str) -> int | None:
+            token = special.get(name) or ""
+            return model.token_to_id(token["content"] if isinstance(token, dict) else token)
+
         self.size = model.get_vocab_size()
+        self.bos = token_id("bos_token")
+        self.eos = token_id("eos_token")
         self.piece = lambda i: (model.id_to_token(i) or "").replace("Ġ", "▁").replace("Ċ", "<0x0A>")
         self._encode = lambda text: model.encode(text, add_special_tokens=False).ids
         self._decode = lambda ids: model.decode(ids, skip_special_tokens=True)
@@ -684,28 +660,31 @@ def generate(
     tokens = ragged(prompts, device=device)
     B, T = tokens.shape
     lengths = int_tensor([len(prompt) for prompt in prompts], device)
-    last = torch.arange(B, device=device) * T + lengths - 1  # where the first new token is predicted
-    logits, present = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=last)
-    P = present[0][0].shape[2] - T
+    P = past[0][0].shape[2] if past else 0
     past_mask = torch.ones(B, P, dtype=torch.bool, device=device) if mask is None else mask[:, 0, :P]
     past_mask = torch.cat((past_mask, positions_of(tokens) < lengths[:, None]), dim=1)  # padding isn't real
-    position = lengths if offset is None else offset + lengths
+    position = lengths if offset is None else offset + lengths  # of the first new token
+    each_row = torch.arange(B, device=device)
+    select = each_row * T + lengths - 1  # the last token of each prompt, which predicts it
 
     def ending(row: list[int]) -> int:  # how many tokens at its end are no longer part of the answer
         return row[-1:] == [eos] or len(until) * (row[-len(until) :] == [*until])
 
     rows: list[list[int]] = [[] for _ in prompts]
     for n in range(max_new_tokens):
-        highest, token = logits.max(-1)  # [B]
+        logits, past = model(tokens, past=past, offset=offset, adapter=adapter, mask=mask, select=select)
+        highest, new = logits.max(-1)  # [B]
         if not highest.isfinite().all():
             raise InputError("the model's logits aren't finite: it or its adapters hold NaN or inf")
-        for row, t in zip(rows, token.tolist()):
+        for row, token in zip(rows, new.tolist()):
             if not ending(row):
-                row.append(t)
-        if n + 1 == max_new_tokens or all(map(ending, rows)):
+                row.append(token)
+        if all(map(ending, rows)):
             break
-        mask = causal_mask_after(past_mask, 1)
-        logits, present = model(token[:, None], past=present, offset=position + n, mask=mask, adapter=adapter)
-        logits = logits[:, 0]
+        # From now on, one token a row is read: it sees what is real of the past, and itself.
         past_mask = torch.cat((past_mask, torch.ones_like(past_mask[:, :1])), dim=1)
+        tokens = new[:, None]
+        mask = past_mask[:, None]  # [B, 1, P + 1]
+        offset = position + n
+        select = each_row
     return [row[: len(row) - ending(row)] for row in rows]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -113,12 +113,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a partial file's path. Complete, it takes the place of `path`: the old file or the new."""
     partial = path.with_name(path.name + ".partial")
     try:
-        yield partial
-        os.replace(partial, path)
-    except (SafetensorError, OSError) as problem:
-        raise InputError(
-            f"{path}: can't be written ({getattr(problem, 'strerror', None) or problem})"
-        ) from None
+        with reading(path, "can't be written"):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -135,30 +132,28 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a .safetensors file, and its metadata."""
-    with reading(path, "can't be read"):
-        open(path, "rb").close()  # its errors say what is wrong; those of safe_open don't
     with reading(path, "can't be read"), safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
+def check_tensors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """InputError unless loaded tensors are finite, and have the parameters' names, shapes and kinds."""
+
+    def form(tensor: Tensor | None) -> tuple | None:
+        return None if tensor is None else (tensor.shape, tensor.is_floating_point())
+
+    for name in sorted(parameters.keys() | tensors.keys()):
+        tensor = tensors.get(name)
+        if form(tensor) != form(parameters.get(name)):
+            found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise InputError(f"{source}: {name} is {found}, which doesn't fit: made for another model?")
+        if not tensor.isfinite().all():
+            raise InputError(f"{source}: {name} holds NaN or inf")
+
+
 def assign(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy loaded tensors into parameters of the same names, shapes and kinds; InputError if they differ."""
+    """Copy loaded tensors into the parameters of the same names, all of them or none."""
     check_tensors(parameters, tensors, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-
-
-def check_tensors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
-    for name in sorted(parameters.keys() ^ tensors.keys()):
-        raise InputError(
-            f"{source}: tensor {name} is {'missing' if name in parameters else 'not expected here'}"
-        )
-    for name, parameter in parameters.items():
-        tensor = tensors[name]
-        kind = "float" if parameter.is_floating_point() else "integer"
-        if tensor.shape != parameter.shape or tensor.is_floating_point() != parameter.is_floating_point():
-            needed = f"{kind} {list(parameter.shape)} is needed: made for another model?"
-            raise InputError(f"{source}: {name} is {tensor.dtype} {list(tensor.shape)} where {needed}")
-        if not tensor.isfinite().all():
-            raise InputError(f"{source}: {name} holds NaN or inf")

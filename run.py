@@ -22,8 +22,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, make_dataclass
-from functools import cache
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -453,6 +453,20 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.hyper.model.embed_tokens.weight.device
+
+    @property
+    def base_folder(self) -> str | None:
+        """Where the model came from, if hyperpretraining made it and that model is still there."""
+        folder = Path(self.args.model)
+        before = read_args(folder)["model"] if (folder / "args.json").exists() else ""
+        return before if Path(before).is_dir() and before else None
+
+    @cached_property
+    def base(self) -> "Run":
+        """The same with the model before hyperpretraining, untouched. Loaded when it is first needed."""
+        model = load_base(replace(self.args, model=self.base_folder))
+        hyper = HyperLlama(model, self.hyper.gists, None, compression=self.hyper.compression)
+        return replace(self, hyper=hyper.requires_grad_(False))
 
 
 def open_run(args: Options, folder: Path | None = None) -> Run:

@@ -149,6 +149,7 @@ def train(
         tokens = sum(batch.read for batch in micro_batches)
         *counts, tokens = all_sum(torch.tensor([*counts, tokens], device=device))
         loss = torch.zeros((), device=device)
+        apart = torch.zeros(2, 2, device=device)
         for batch in micro_batches:
             logits, gists = hyper(batch)
             parts = [
@@ -158,6 +159,7 @@ def train(
             # FSDP takes the mean of the processes' gradients; it is to be their sum.
             (sum(parts) * world if sharded else sum(parts)).backward()
             loss += sum(parts).detach()
+            apart += label_and_end(batch, logits, run.formatter.tokenizer.eos)
         if not sharded:
             for parameter in parameters:
                 all_sum(parameter.grad)
@@ -171,12 +173,17 @@ def train(
         micro_batches = get_batches(batches, args, step, device)
         loss = all_sum(loss).item()
         norm = full_tensor(norm).item()
+        (label, labels), (end, ends) = all_sum(apart).tolist()
         seconds = max(1e-6, time.monotonic() - began)
         check_finite(out, args, step, loss + norm)
         speed = round(tokens.item() / seconds)
         line = {"step": step, "loss": loss, "norm": norm, "tokens_per_second": speed, "lr": lr}
+        shown = f"loss {loss:.3f}"
+        if labels and ends:
+            line |= {"label_loss": label / labels, "end_loss": end / ends}
+            shown += f" (label {label / labels:.2f}, end {end / ends:.2f})"
         log(line | {"seconds": round(seconds, 4)})
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s", refresh=False)
+        bar.set_postfix_str(f"{shown}, {speed:,} tokens/s", refresh=False)
         bar.update()
         if step % args.save_every == 0 or step == args.steps:
             save_state(out, hyper, optimizers, step)
@@ -216,6 +223,17 @@ def loss_terms(run: Run) -> list[Term]:
 
 def cross_entropy(hyper: nn.Module, batch: Batch, gists, logits: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+
+@torch.no_grad()
+def label_and_end(batch: Batch, logits: Tensor, eos: int) -> Tensor:
+    """The loss of the labels' tokens and of the EOS after them, each as (sum, number) [2, 2]: for the log.
+
+    At first nearly all of the loss is that of EOS: a text seldom ends after its first label.
+    """
+    losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+    ends = (batch.targets == eos).float()
+    return torch.stack([torch.stack(((losses * part).sum(), part.sum())) for part in (1 - ends, ends)])
 
 
 def schedule(step: int, steps: int) -> float:

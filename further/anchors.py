@@ -1,12 +1,11 @@
 """No gists at all: the prefix is read where the base gathers an example, at the last token of each answer.
 
-In-context learning collects what an example says at its label ("label words are anchors", arXiv 2305.14160).
 The keys and values at BOS and at these tokens are a prefix of one position more than there are examples.
-With an untrained LoRA set they are a control that costs nothing; training starts there, while gist tokens
-start from nothing. On a small real base this is what works (docs/real.md).
+With an untrained LoRA set they are a control that costs no training (gist.label_anchors); training starts there,
+while gist tokens start from nothing. On a small real base this is what works (docs/real.md).
 """
 
-from gist import Compression, Context, HyperLlama
+from gist import Compression, Context, HyperLlama, label_anchors
 from llama import InputError
 from run import option
 
@@ -30,11 +29,4 @@ def without_gists(hyper: HyperLlama, generator) -> None:
 
 
 def contexts(formatter, episode, gist_ids) -> list[Context]:
-    """BOS and the examples. As with gists, queries go on right after as many positions as are kept."""
-    tokens, examples = formatter.context_parts(episode)
-    kept = [0]
-    for example in examples:
-        tokens = tokens + example
-        kept.append(len(tokens) - 1)
-    end = len(kept)
-    return [Context(tokens, list(range(end - len(tokens), end)), kept)]
+    return [label_anchors(formatter, episode)]

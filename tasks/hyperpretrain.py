@@ -38,6 +38,10 @@ MODEL = "llama"
 METRIC = "loss"
 OPTIONS = {
     "in_order": option(False, help="hyperpretrain: read the files of text one after the other, by name"),
+    "shortest_context": option(
+        0,
+        help="hyperpretrain: each step draws its context's length, from this to --context (always --context)",
+    ),
     "held_out": option(
         kind=Path,
         role="course",
@@ -48,8 +52,8 @@ WITHOUT = ("shots", "sets", "score", "rank", "alpha", "controls", "instruction_d
 DEFAULTS = {
     "large": {"steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5, "sets": 1},
     "tiny": {
-        "steps": 2000, "batch_size": 24, "optimizer": "muon", "lr": 1e-2, "gist_lr": 2.5e-3,
-        "lm": 0.5, "in_order": True, "context": 145, "query_length": 65, "sets": 1, "measure": 7,
+        "steps": 2800, "batch_size": 24, "optimizer": "muon", "lr": 1e-2, "gist_lr": 2.5e-3, "lm": 0.5,
+        "in_order": True, "context": 401, "shortest_context": 113, "query_length": 65, "sets": 1, "measure": 7,
     },
 }  # fmt: skip
 
@@ -61,6 +65,10 @@ def load(args: Options, formatter: Formatter, split: str) -> list:
 def check(args: Options) -> None:
     if args.method != "hyper" or args.quantize:
         raise InputError("--task hyperpretrain trains all parameters: no --quantize, no --method but hyper")
+    if args.shortest_context > args.context:
+        raise InputError(
+            f"--shortest-context {args.shortest_context} must not exceed --context {args.context}"
+        )
     if args.downstream != "frozen":
         raise InputError(f"--downstream {args.downstream} belongs to a run with LoRA sets, not to this one")
 
@@ -87,8 +95,15 @@ def save(hyper: HyperLlama, out: Path, tensors: dict[str, Tensor], args: Options
 
 def batches(run: Run) -> "TextBatches":
     args = run.args
-    rows = args.steps * args.accumulate * args.batch_size if args.in_order else 0
-    text = TextBatches(args.data, run.formatter, run.hyper.gist_ids, rows)
+    rows = args.accumulate * args.batch_size
+    text = TextBatches(
+        args.data,
+        run.formatter,
+        run.hyper.gist_ids,
+        rows,
+        args.steps * rows * args.in_order,
+        args.shortest_context,
+    )
     text(args.seed, range(WINDOWS), test=True)  # what can't be read for evaluation is found before training
     return text
 
@@ -113,10 +128,21 @@ class TextBatches:
     with `text`) are never read whole: a window begins at a random byte of them. The documents in the
     last twentieth of each file (at least one) are kept for evaluation; a file of one document trains.
 
+    rows      of a step
     in_order  so many rows take the files one after the other, by name; 0: each row draws a file
+    shortest  a training step's context has a length between this and the formatter's context, drawn for the
+              step: what is to be read later has all lengths, too. 0: the formatter's, always
     """
 
-    def __init__(self, folder: str | Path, formatter: Formatter, gist_ids: Sequence[int], in_order: int = 0):
+    def __init__(
+        self,
+        folder: str | Path,
+        formatter: Formatter,
+        gist_ids: Sequence[int],
+        rows: int = 1,
+        in_order: int = 0,
+        shortest: int = 0,
+    ):
         folder = existing(folder)
         paths = (path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
         self.paths = sorted(path for path in paths if path.is_file())
@@ -124,10 +150,11 @@ class TextBatches:
             raise InputError(f"{folder}: no .jsonl or .jsonl.gz files with text")
         self.formatter = formatter
         self.gist_ids = gist_ids
+        self.rows = rows
         self.in_order = in_order
-        self.outer = (formatter.context - len(gist_ids) - 1) // 2  # tokens of A, and of D
-        self.inner = (formatter.query_length - 1) // 2  # of B, and of C
-        if min(self.outer, self.inner) < 1:
+        self.shortest = shortest or formatter.context
+        self.inner = (formatter.query_length - 1) // 2  # tokens of B, and of C
+        if min(self.outer(self.shortest), self.inner) < 1:
             raise InputError("--context and --query-length leave no room for segments of text")
         self.unpacked: dict[int, mmap.mmap | bytes] = {}
         bounds = [self.bounds(n) for n in range(len(self.paths))]
@@ -137,6 +164,10 @@ class TextBatches:
 
     def __str__(self) -> str:
         return f"{len(self.paths)} files of text"
+
+    def outer(self, context: int) -> int:
+        """Tokens of A, and of D, in a context of this length."""
+        return (context - len(self.gist_ids) - 1) // 2
 
     def bounds(self, n: int) -> tuple[int, int]:
         """Where file number n's documents for evaluation begin, and where its last one ends, in bytes."""
@@ -200,9 +231,8 @@ class TextBatches:
         weights = [size - border if test else size for size, border in zip(self.sizes, self.borders)]
         return rng.choices(range(len(self.paths)), weights)[0]
 
-    def window(self, rng: random.Random, test: bool, number: int = 0) -> list[int]:
+    def window(self, rng: random.Random, needed: int, test: bool, number: int = 0) -> list[int]:
         """The tokens of A B C D: a stretch of one text, or of several where they are short."""
-        needed = 2 * (self.outer + self.inner)
         eos = self.formatter.tokenizer.eos
         n = self.file(rng, test, number)
         data = self.data(n)
@@ -231,11 +261,16 @@ class TextBatches:
         return collate([self.sample(seed, number, test) for number in numbers])
 
     def sample(self, seed: int, number: int, test: bool) -> Sample:
-        tokens = self.window(random.Random(f"{'test ' * test}{seed} {number}"), test, number)
+        context = self.formatter.context
+        if not test:
+            context = random.Random(f"{seed} step {number // self.rows}").randint(self.shortest, context)
+        outer = self.outer(context)
+        end_of_c = outer + 2 * self.inner
+        rng = random.Random(f"{'test ' * test}{seed} {number}")
+        tokens = self.window(rng, end_of_c + outer, test, number)
         bos = self.formatter.tokenizer.bos
-        end_of_c = self.outer + 2 * self.inner
-        a_and_d = tokens[: self.outer] + tokens[end_of_c:]
-        b_and_c = tokens[self.outer : end_of_c]
+        a_and_d = tokens[:outer] + tokens[end_of_c:]
+        b_and_c = tokens[outer:end_of_c]
         return Sample([with_gists([bos, *a_and_d], self.gist_ids)], [([bos], b_and_c)])
 
 

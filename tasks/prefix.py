@@ -1,7 +1,8 @@
 """Prefix tuning (paper, Section 4.4): prefixes that are trained themselves, one for each held-out P3 prompt.
 
 What is compared is where they start: gists of examples, a prefix tuned on the training tasks, random
-numbers, an MLP, the examples' first tokens, or slots that pass through the layers.
+numbers, an MLP, slots that pass through the layers; or keys and values of the examples' tokens: the first
+ones, those at the labels, or all of them averaged.
 """
 
 import random
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch, Episode, Formatter, Sample, collate
-from gist import Compression, Gists, Rows, read_rows
+from gist import Compression, Context, Gists, HyperLlama, Rows, label_anchors, mean_pooled, read_rows
 from llama import KV, InputError, Llama, positions_of, rotary_angles
 from run import Options, Run, all_options, load_adapters, load_base, option, read_args
 from run import restore as restore_hyper
@@ -22,13 +23,15 @@ from tasks import p3
 FOLDER = "P3"
 MODEL = "llama-c"
 METRIC = "accuracy"
-INITS = ("hyper", "shared", "random", "reparam", "text", "propagate")
+INITS = ("hyper", "shared", "random", "reparam", "propagate", "text", "anchors", "pooled")
+NOISE = 0.02  # standard deviation of what is added to averages, which are alike
 OPTIONS = {
     "init": option(
         kind=str,
         choices=INITS,
         help="prefix: what a prefix starts from: gists of --run; a prefix tuned on training tasks; random "
-        "numbers; an MLP; the examples' first tokens; slots that pass through the layers",
+        "numbers; an MLP; slots that pass through the layers; the examples' first tokens, their labels, or all "
+        "of their tokens averaged",
     ),
     "run": option(
         kind=Path, help="prefix: a finished run whose hypernetwork makes the prefixes to start from"
@@ -227,7 +230,7 @@ class PrefixBatches:
 
 
 def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> None:
-    """What the prefixes start from, by --init: "hyper" and "text" read examples, "shared" is tuned before.
+    """What the prefixes start from, by --init. "shared" is tuned before; some are made of examples.
 
     train(run, batches, folder): the loop of train.py, in a folder of its own.
     """
@@ -252,6 +255,22 @@ def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> N
         if min(map(len, rows)) < args.gists:
             raise InputError(f"--gists {args.gists}: the examples have fewer tokens")
         hyper.start_from(read_rows(hyper.model, rows))
+    elif args.init == "anchors":
+        contexts = [label_anchors(run.formatter, episode) for episode in shots]
+        # (without BOS, and a position earlier, so that a prefix begins at 0 like all others)
+        contexts = [Context(c.tokens, [p - 1 for p in c.positions], c.kept[1:]) for c in contexts]
+        if {len(context.kept) for context in contexts} != {args.gists}:
+            raise InputError(f"--init anchors needs as many examples as --gists {args.gists} (--shots)")
+        with torch.no_grad():
+            base = HyperLlama(hyper.model, torch.zeros(1, hyper.model.config.width, device=run.device), None)
+            hyper.start_from(base.compress(Rows.of(contexts, run.device)))
+    elif args.init == "pooled":
+        rows = [run.formatter.context_tokens(episode) for episode in shots]
+        if min(map(len, rows)) < args.gists:
+            raise InputError(f"--gists {args.gists}: the examples have fewer tokens")
+        hyper.start_from(mean_pooled(read_rows(hyper.model, rows), args.gists, hyper.model.config))
+        generator = torch.Generator().manual_seed(args.seed)
+        hyper.table.data += NOISE * torch.randn(hyper.table.shape, generator=generator).to(run.device)
     elif args.init == "shared":
         generator = torch.Generator().manual_seed(args.seed)
         shared = SoftPrefix(hyper.model, ["shared"], args.gists, "reparam", generator)

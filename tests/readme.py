@@ -1,16 +1,20 @@
-"""The README as a program: every command of README.md, and of the pages in docs/ that it links, is run.
+"""The pages as programs: every command of README.md, and then of docs/*.md, is run.
 
-    python -m tests.readme [FILE…]    in a fresh clone of HEAD; --here: in a copy of the working tree
+    python -m tests.readme              all pages, in a fresh clone of HEAD; --here: in a copy of the working tree
+    python -m tests.readme docs/tasks.md     the pages that are named
 
 Blocks ```sh and ```python run in order, in one folder and in this environment: later ones see what earlier
-ones made. Each line of a sh block is a command by itself. A ``` block right below commands is their output,
-compared word for word. Scores of train.py and eval.py (numbers with a decimal point) and numbers before a
-% sign differ between machines: there, ± 5 will do. A comment directly above a block may say:
+ones made, and pages of docs/ what README.md made. Where README.md isn't among the pages that are named, a run
+of two steps (PREPARE) takes its place. Each line of a sh block is a command by itself. A ``` block right
+below commands is their output, compared word for word. Scores of train.py and eval.py (numbers with a decimal
+point) and numbers before a % sign differ between machines: there, ± 5 will do. A comment directly above a
+block may be one of these:
 
     <!-- short: --steps 3; eval.py --limit 3 -->  appended to train.py's commands, and to eval.py's
                                                   (tools.NAME: python -m tools.NAME); nothing is compared then
     <!-- needs: transformers -->                  not run where these packages aren't installed
     <!-- not run: downloads -->                   not run, and why
+    <!-- file: further/mine.py -->                not run, but saved as this file
 """
 
 import argparse
@@ -28,15 +32,22 @@ from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMENTS = ("short", "needs", "not run")
+COMMENTS = ("short", "needs", "not run", "file")
 COMMAND = re.compile(r"\s*(\$ |python3? |torchrun |pip |hf |git |\. |source |cd |import |from \w+ import )")
 MEASURED = ("train.py", "eval.py")  # programs that print scores
 TOLERANCE = 5.0  # percent; five draws of sixty questions vary by more than rounding does
 MOST_SECONDS = 900
+RUN = "runs/p3-hyper-frozen-seed0"
+PREPARE = f"""\
+```sh
+python train.py --task p3 --steps 2 --limit 2 --sets 1 --measure 0 --no-controls
+python -m tools.answer {RUN} --examples tiny/my.jsonl --save my.safetensors
+```
+"""
 
 
 class ReadmeError(Exception):
-    """The README has a form that this tool doesn't know."""
+    """A page has a form that this tool doesn't know."""
 
 
 @dataclass
@@ -50,6 +61,7 @@ class Block:
     short: dict[str, str] = field(default_factory=dict)
     needs: list[str] = field(default_factory=list)
     not_run: str = ""
+    save_as: str = ""
     shown: str | None = None
 
     def commands(self) -> list[tuple[int, str]]:
@@ -77,6 +89,8 @@ def read_comment(block: Block, comment: str) -> None:
         block.not_run = value
     elif name == "needs":
         block.needs = value.split()
+    elif name == "file":
+        block.save_as = value
     else:
         for part in value.split(";"):
             program, _, options = part.strip().partition(" ")
@@ -138,9 +152,9 @@ def parse(text: str, file: str = "README.md") -> list[Block]:
     return blocks
 
 
-def linked_pages(text: str) -> list[str]:
-    """The pages in docs/ that a page links, each once."""
-    return list(dict.fromkeys(re.findall(r"\]\((docs/[^)#\s]+\.md)", text)))
+def all_pages(folder: Path) -> list[str]:
+    """README.md, then the pages of docs/ by name."""
+    return ["README.md", *(f"docs/{path.name}" for path in sorted((folder / "docs").glob("*.md")))]
 
 
 # ----------------------------------------------------------------------------------------- comparing
@@ -189,11 +203,11 @@ def same_line(shown: list[str], printed: list[str], measured: bool) -> bool:
 
 
 def difference(shown: str, printed: str, measured: bool) -> str:
-    """The first line in which an output differs from what the README shows; empty where none does."""
+    """The first line in which an output differs from what a page shows; empty where none does."""
     for expected, actual in zip_longest(words(shown), words(printed), fillvalue=[]):
         if not same_line(expected, actual, measured):
             lines = [" ".join(line) or "(nothing)" for line in (expected, actual)]
-            return f"the README shows  {lines[0]}\nit printed        {lines[1]}"
+            return f"the page shows  {lines[0]}\nit printed      {lines[1]}"
     return ""
 
 
@@ -242,6 +256,9 @@ def tell(where: str, command: str, result: str, seconds: float | None = None) ->
 
 def run_block(block: Block, folder: Path) -> int:
     """Run a block's commands; the number of those that failed."""
+    if block.save_as:
+        (folder / block.save_as).write_text(block.text + "\n", encoding="utf-8")
+        return 0
     failures = 0
     output = ""
     is_short = False
@@ -286,7 +303,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="pages to run (README.md and what it links in docs/)")
+    add("files", nargs="*", metavar="FILE", help="pages to run (all)")
     add("--here", action="store_true", help="in a copy of the working tree rather than in a clone of HEAD")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`: no command outlives this
@@ -294,9 +311,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "HyperLlama"
         copy_project(folder, args.here)
-        files = args.files or ["README.md", *linked_pages((folder / "README.md").read_text(encoding="utf-8"))]
+        files = args.files or all_pages(folder)
         try:
             pages = [parse((folder / file).read_text(encoding="utf-8"), file) for file in files]
+            if "README.md" not in files:
+                pages.insert(0, parse(PREPARE, "(before)"))
             failures = sum(run_block(block, folder) for page in pages for block in page)
         except ReadmeError as problem:
             sys.exit(f"error: {problem}")

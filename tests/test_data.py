@@ -1,7 +1,6 @@
 """Packing examples into rows of tokens, batches."""
 
 import itertools
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -23,13 +22,8 @@ def examples(*lengths: int) -> list[Example]:
     return [Example("dog " * n, f"label{i}") for i, n in enumerate(lengths)]
 
 
-def counting(tokenizer, context: int, query_length: int) -> Formatter:
-    """A formatter that counts what didn't fit."""
-    return Formatter(tokenizer, context, query_length, left_out=Counter())
-
-
 def test_examples_that_do_not_fit_are_left_out_whole(tokenizer):
-    formatter = counting(tokenizer, 60, 30)
+    formatter = Formatter(tokenizer, 60, 30)
     (context,) = one_context(formatter, Episode([], examples(3, 50, 2, 40), PLAIN), [-1, -2])
     tokens = context.tokens
     assert tokens[0] == tokenizer.bos and tokens[-2:] == [-1, -2] and len(tokens) <= 60
@@ -54,7 +48,7 @@ def test_gists_stand_in_equal_parts_after_every_so_many_of_the_examples_that_are
     def runs(shots: int, every: int, gists: int, context: int = 400) -> list[int]:
         """Lengths of the runs of gists among the examples."""
         contexts = among.compression(SimpleNamespace(gists_every=every)).contexts
-        formatter = counting(tokenizer, context, 30)
+        formatter = Formatter(tokenizer, context, 30)
         (row,) = contexts(formatter, Episode([], examples(*[1] * shots)), gist_ids[:gists])
         assert [row.tokens[i] for i in row.kept] == gist_ids[:gists]
         assert row.kept == [i for i, token in enumerate(row.tokens) if token >= 2000]
@@ -73,7 +67,7 @@ def test_gists_stand_in_equal_parts_after_every_so_many_of_the_examples_that_are
 
 
 def test_a_long_query_keeps_its_end(tokenizer):
-    formatter = counting(tokenizer, 60, 30)
+    formatter = Formatter(tokenizer, 60, 30)
     long = Example("cat " + "dog " * 100 + "fox", "yes")
     prompt = formatter.query(Episode([long], [], PLAIN), long, 28)
     text = tokenizer.decode(prompt[1:])
@@ -86,7 +80,7 @@ def test_a_long_query_keeps_its_end(tokenizer):
 def test_a_long_definition_leaves_room_for_the_query(tokenizer):
     query = Example("dog cat", "fox")
     episode = Episode([query], [], SNI_LAYOUT, "owl " + "dog " * 500)
-    formatter = counting(tokenizer, 100, 160)
+    formatter = Formatter(tokenizer, 100, 160)
     prompt = formatter.query(episode, query, 150, "inside")
     assert len(prompt) <= 150 and tokenizer.decode(prompt[1:]).endswith("Input: dog cat\nOutput:")
     (context,) = one_context(formatter, episode, [-1, -2])
@@ -108,7 +102,7 @@ def test_a_query_whose_layout_has_no_room_is_refused(tokenizer):
 
 def tiny_batches(tokenizer, method="hyper", tasks=None, compression=Compression()) -> EpisodeBatches:
     tasks = tasks or p3_tasks(ROOT / "tiny" / "P3", "train")[:6]
-    formatter = counting(tokenizer, 400, 100)
+    formatter = Formatter(tokenizer, 400, 100)
     return EpisodeBatches(tasks, formatter, method, 5, [2000, 2001], compression)
 
 

@@ -66,7 +66,9 @@ def run_of(hyper: HyperLlama, task: str = "p3", **changes) -> Run:
     small = {"gists": G, "context": 600, "query_length": 100, "eval_tokens": 700}
     args = replace(usual(task), **small | changes)
     hyper.compression = compression_of(args)
-    return Run(args, hyper, Formatter(Letters(), args.context, args.query_length))
+    run = Run(args, hyper, Formatter(Letters(), args.context, args.query_length))
+    run.base = replace(run, hyper=other_base())
+    return run
 
 
 @cache
@@ -78,6 +80,16 @@ def attentive_hyper(downstream: str | None) -> HyperLlama:
     for layer in hyper.model.layers:
         layer.self_attn.q_proj.weight *= 4
         layer.self_attn.o_proj.weight *= 3
+    return hyper
+
+
+@cache
+def other_base() -> HyperLlama:
+    """Stands for the model before hyperpretraining: the same shape, other numbers, no LoRA set that is on."""
+    hyper = copy.deepcopy(attentive_hyper(None))
+    hyper.model.embed_tokens.weight.data = hyper.model.embed_tokens.weight.roll(1, 0)
+    hyper.model.checksum = "another"
+    hyper.hyper_adapter = None
     return hyper
 
 
@@ -275,6 +287,18 @@ def test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass(dow
     torch.cat(losses_of(expected, pairs)).mean().backward()
     torch.testing.assert_close(gradients(run.hyper), gradients(other), **CLOSE)
     assert all(gradient.abs().max() > 0 for gradient in gradients(run.hyper).values())
+
+
+def test_the_log_tells_the_loss_of_labels_from_that_of_their_ends():
+    run = run_of(random_hyper())
+    batches, episodes = recorded_batches(run)
+    batch = batches(0, range(6, 8))
+    logits, gists = run.hyper(batch)
+    (label, labels), (end, ends) = training.label_and_end(batch, logits, EOS).tolist()
+    assert ends == sum(len(episode.queries) for episode in episodes) and labels + ends == len(batch.targets)
+    last = logits[batch.targets == EOS].log_softmax(-1)[:, EOS]
+    assert end == pytest.approx(-last.sum().item(), rel=1e-5)
+    assert label + end == pytest.approx(training.cross_entropy(run.hyper, batch, gists, logits).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["fewshot", "zeroshot"])
@@ -505,16 +529,49 @@ def after(hyper, past, offset: int):
     return read
 
 
+def turned(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Heads [1, K, T, hd] rotated by so many positions [T]: halves of a head are real and imaginary parts."""
+    hd = x.shape[-1]
+    angles = positions[:, None] * 10000.0 ** (-2 * torch.arange(hd // 2) / hd)
+    y = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((y.real, y.imag), dim=-1)
+
+
 def pooled_by_hand(hyper, shots: list[Example]):
-    """A function that reads rows after means over G stretches of the base's keys and values."""
+    """A function that reads rows after means over G stretches of the base's keys and values.
+
+    Keys are averaged as if all stood at position 0, and then stand where gists do.
+    """
     context = shots_row(shots)
     _, past = hyper.model(torch.tensor([context]))
 
     def means_of(x):  # [1, K, P, hd] -> [1, K, G, hd]
         return torch.stack([part.mean(2) for part in x.tensor_split(G, dim=2)], dim=2)
 
-    means = [(means_of(k), means_of(v)) for k, v in past]
-    return after(hyper, means, len(context))
+    places = torch.arange(len(context))
+    means = [(turned(means_of(turned(k, -places)), places[:G]), means_of(v)) for k, v in past]
+    return after(hyper, means, G)
+
+
+def anchored_by_hand(hyper, shots: list[Example]):
+    """A function that reads rows which see BOS and the last token of each example, and nothing else of them."""
+    context, kept = [BOS], [0]
+    for example in shots:
+        context = context + shot(example)
+        kept.append(len(context) - 1)
+    first, end = len(context), len(kept)
+
+    def read(rows):
+        logits = []
+        for row in rows:
+            T = first + len(row)
+            visible = torch.ones(T, T).tril().bool()
+            visible[first:, :first] = torch.tensor([t in kept for t in range(first)])
+            positions = [*range(end - first, end + len(row))]
+            logits.append(by_hand(hyper, context + row, [None] * T, visible, positions).float()[first:])
+        return logits
+
+    return read
 
 
 def columns_by_hand(hyper, episode: Episode, other: Episode) -> dict:
@@ -523,10 +580,14 @@ def columns_by_hand(hyper, episode: Episode, other: Episode) -> dict:
     base = lambda rows: plain(hyper, rows)  # noqa: E731
     trained = lambda rows: plain(hyper, rows, hyper.downstream_adapter)  # noqa: E731
     gists = lambda rows: joint(hyper, rows)  # noqa: E731
+    earlier = lambda rows: plain(other_base(), rows)  # noqa: E731
     return {
         "main": (gists, after_gists(episode)),
         "zeroshot": (base, alone),
         "fewshot": (base, shots_row(shots)),
+        "label_anchors": (anchored_by_hand(hyper, shots), alone),
+        "base_fewshot": (earlier, shots_row(shots)),
+        "base_label_anchors": (anchored_by_hand(other_base(), shots), alone),
         "no_prefix": (trained, alone),
         "other_task": (gists, after_gists(other)),
         "mean_pooled": (pooled_by_hand(hyper, shots), alone),
@@ -543,6 +604,7 @@ def columns_of(run: Run) -> dict:
 
 
 def predict(run: Run, column, episodes: list[Episode], others: list[Episode]) -> list[str]:
+    run = run.base if column.base else run
     return evaluation.predict(run, column, episodes, evaluation.encode(run, column, episodes, others))
 
 

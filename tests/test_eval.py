@@ -18,7 +18,7 @@ import train as training
 from data import Episode, Example
 from eval import HeldOut, average, draw_held_out, parse, score_before, score_choices, take_folder
 from gist import Rows, read_rows, with_gists
-from llama import InputError
+from llama import InputError, load
 from run import (
     MARK,
     Options,
@@ -153,13 +153,26 @@ def test_results_have_their_fields_and_the_table_its_columns(capsys):
     for row in results["tasks"].values():
         assert row.keys() == {"mean", "std", "n", "shots"} and row["std"] is not None and row["n"] == 6
         assert row["shots"] == {"hyper": 4, "fewshot": 4}
-    assert results["baselines"].keys() == {"zeroshot", "fewshot"}
+    assert results["baselines"].keys() == {"zeroshot", "fewshot"} | BEYOND
     assert results["controls"].keys() == {"no_prefix", "other_task", "mean_pooled", "fewer_shots"}
     table = capsys.readouterr().out
     assert all(task.name in table for task in tasks) and "first 6 of each" in table
-    assert "average" in table and "mean-pooled" in table and "4-shot" in table
+    assert "average" in table and "mean-pooled" in table and "4-shot" in table and "base, 4-shot" in table
+    anchors = {f"{results['baselines'][name]:.1f}" for name in ("label_anchors", "base_label_anchors")}
+    assert table.count("label anchors") == 1 and max(anchors, key=float) in table, "the better one is shown"
     no_prefix = results["controls"]["no_prefix"]
     assert "no prefix" not in table and no_prefix == results["baselines"]["zeroshot"], "shown once"
+
+
+def test_the_base_of_a_model_is_what_hyperpretraining_began_with():
+    run = tiny_run()
+    base = load(ROOT / "tiny" / "llama")
+    assert run.base.hyper.model.checksum == base.checksum != run.hyper.model.checksum
+    assert not any(p.requires_grad for p in run.base.hyper.parameters())
+    assert run.base.formatter is run.formatter and run.base.scores is run.scores
+    untouched = tiny_run("--model", ROOT / "tiny" / "llama")
+    assert untouched.base_folder is None
+    assert not any(column.base for column in evaluation.columns(untouched, few_tasks()).values())
 
 
 def test_untouched_baselines_do_not_move_with_training(capsys):
@@ -182,7 +195,9 @@ def test_another_task_is_one_of_another_dataset():
 # -------------------------------------------------------------------------- equal work, scored once
 
 NO_EXAMPLES = {"zeroshot", "no_prefix"}  # columns
-EXAMPLES = {"main", "fewshot", "other_task", "mean_pooled", "fewer_shots"}
+BEYOND = {"label_anchors", "base_fewshot", "base_label_anchors"}
+EXAMPLES = {"main", "fewshot", "other_task", "mean_pooled", "fewer_shots"} | BEYOND
+TITLES_BEYOND = {"label anchors", "base, {shots}-shot", "base, label anchors"}
 
 
 def listed(monkeypatch):
@@ -203,7 +218,7 @@ def test_what_the_draw_does_not_change_is_scored_once(monkeypatch, capsys):
     scored = listed(monkeypatch)
     run = tiny_run(*FEW, "--sets", 2)
     results = evaluate(run, few_tasks())
-    twice = ("hyper", "{shots}-shot", "other task", "mean-pooled", "fewer shots")
+    twice = ("gists", "{shots}-shot", "other task", "mean-pooled", "fewer shots", *TITLES_BEYOND)
     assert Counter(scored) == {"0-shot": 2} | dict.fromkeys(twice, 4), "and no prefix is 0-shot"
     assert len(run.scores) == len(scored)
     again = evaluate(run, few_tasks())
@@ -227,10 +242,10 @@ def test_equal_work_has_one_key_and_other_work_another(downstream, once):
 
 
 MOVING = {  # the titles of what training changes
-    "frozen": {"hyper", "other task"},
-    "lora": {"hyper", "mean-pooled", "no prefix", "other task"},
-    "shared": {"hyper", "mean-pooled", "no prefix", "other task"},
-    "all is trained": {"fewer shots", "hyper", "mean-pooled", "no prefix", "other task"},
+    "frozen": {"gists", "other task"},
+    "lora": {"gists", "mean-pooled", "no prefix", "other task"},
+    "shared": {"gists", "mean-pooled", "no prefix", "other task"},
+    "all is trained": {"fewer shots", "gists", "mean-pooled", "no prefix", "other task"},
 }
 
 
@@ -294,12 +309,12 @@ def test_scores_that_an_interrupted_evaluation_has_kept_are_not_computed_again(t
     assert results | {"seconds": 0} == whole and len(scored) == len(run.scores)
 
 
-ALL_TITLES = {"hyper", "0-shot", "{shots}-shot", "other task", "mean-pooled", "fewer shots"}
+ALL_TITLES = {"gists", "0-shot", "{shots}-shot", "other task", "mean-pooled", "fewer shots"} | TITLES_BEYOND
 
 
 @pytest.mark.parametrize("options, anew", [
     ([], set()), (["--controls"], set()), (["--eval-tokens", 100], set()), (["--score", "mean"], ALL_TITLES),
-    (["--gists", 5], {"hyper", "other task", "mean-pooled"}),
+    (["--gists", 5], {"gists", "other task", "mean-pooled"}),
     (["--dtype", "bfloat16"], ALL_TITLES),
     (["--quantize"], ALL_TITLES),
 ], ids=lambda options: " ".join(map(str, options)) if isinstance(options, list) else "")  # fmt: skip
@@ -594,7 +609,7 @@ def test_a_default_folder_names_the_model_and_the_data(tmp_path):
 def test_prefix_tuning_has_a_default_folder_for_each_start(tmp_path, hypernetwork):
     other = tmp_path / "other"
     shutil.copytree(hypernetwork, other)
-    starts = [["--init", init] for init in ("random", "shared", "reparam", "text", "propagate")]
+    starts = [["--init", init] for init in ("random", "shared", "reparam", "propagate", "text", "anchors", "pooled")]
     starts += [["--run", str(folder), "--gists", "4"] for folder in (hypernetwork, other)]
     folders = [training.parse(["--task", "prefix", *start])[1] for start in starts]
     assert len(set(folders)) == len(starts) and str(folders[0]) == "runs/prefix-random-seed0"

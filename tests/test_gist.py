@@ -9,13 +9,17 @@ import torch
 import torch.nn.functional as F
 from conftest import G, config, random_hyper
 
-from data import Batch, Sample, Term, collate
+import data
+import llama
+from data import PLAIN, Batch, Example, Sample, Term, collate
 from eval import score_choices
 from further import among, chain, fusion, lm, reconstruct, spread, teacher
-from gist import Compression, Gists, HyperLlama, Rows, average, gist_mask, mean_pooled, read_rows, with_gists
-from llama import InputError, generate, ragged
-from lora import save_tensors
+from gist import Compression, Gists, HyperLlama, Rows, average, gist_mask, label_anchors, mean_pooled
+from gist import read_rows, with_gists
+from llama import InputError, generate, ragged, rotary_angles, rotate
+from lora import load_tensors, save_tensors
 from run import all_options, compression_of
+from tools import lecture
 from tools.export import load_gists, save_gists
 from train import cross_entropy
 
@@ -594,14 +598,30 @@ def test_rows_read_as_a_prefix_are_what_comes_before_in_one_row():
     assert read_rows(hyper.model, rows[:1]).past_mask is None
 
 
-def test_mean_pooling_takes_means_over_stretches():
-    k = torch.arange(8.0).view(1, 1, 8, 1)
-    pooled = mean_pooled(Gists([(k, -k)], torch.tensor([8])), 4)
-    assert pooled.past[0][0].flatten().tolist() == [0.5, 2.5, 4.5, 6.5]
-    assert pooled.past[0][1].flatten().tolist() == [-0.5, -2.5, -4.5, -6.5]
-    assert pooled.offset.tolist() == [8]
-    few = mean_pooled(Gists([(k, k)], torch.tensor([8])), 16)
+def test_mean_pooling_averages_keys_before_their_rotation_and_puts_them_where_gists_stand():
+    plain = torch.randn(1, 2, 8, config().head_size, generator=torch.Generator().manual_seed(0))
+    angles = rotary_angles(torch.arange(8)[None], config())
+    pooled = mean_pooled(Gists([(rotate(plain, angles), plain)], torch.tensor([8])), 4, config())
+    means = plain.unflatten(2, (4, 2)).mean(3)
+    at_gists = rotary_angles(torch.arange(4)[None], config())
+    torch.testing.assert_close(pooled.past[0][0], rotate(means, at_gists), **TOLERANCE)
+    torch.testing.assert_close(pooled.past[0][1], means, **TOLERANCE)
+    assert pooled.offset.tolist() == [4]
+    few = mean_pooled(Gists([(plain, plain)], torch.tensor([8])), 16, config())
     assert few.past[0][0].shape[2] == 8, "fewer tokens than gists"
+
+
+def test_label_anchors_are_bos_the_instruction_and_the_last_letter_of_each_answer(tokenizer):
+    sni = replace(PLAIN, shot="Input: {input}\nOutput: {target}\n\n", instruction="{}\n")
+    episode = data.Episode([], [Example("a red fox", "kilo"), Example("an owl", "east")], sni, "Find it.")
+    formatter = data.Formatter(tokenizer, 100, 50)
+    context = label_anchors(formatter, episode)
+    whole = formatter.context_tokens(episode)
+    assert context.tokens == whole[: context.kept[-1] + 1], "the line breaks at the end are left out"
+    shown = [tokenizer.decode(context.tokens[: i + 1]) for i in context.kept]
+    assert [text.split("\n")[-1] for text in shown[2:]] == ["Output: kilo", "Output: east"]
+    assert shown[:2] == ["", "Find it.\n"]
+    assert [context.positions[i] for i in context.kept][-1] == len(context.kept) - 1
 
 
 # ------------------------------------------------------------------------------- a prefix as a file
@@ -636,3 +656,133 @@ def test_a_saved_prefix_answers_the_same_and_in_its_own_model_alone(tmp_path):
         save_tensors(tmp_path / "bad.safetensors", tensors, about)
         with pytest.raises(InputError, match=message):
             load_gists(tmp_path / "bad.safetensors", about, hyper.model)
+
+
+# -------------------------------------------------------------------------------------- the lecture
+
+
+def small_lesson() -> lecture.Lesson:
+    """The four episodes as tasks, with one or two queries each."""
+    prompts = [[1, *words(n, 40 + n)] for n in (5, 3, 8, 1, 4, 2)]
+    choices = [[words(1, n), words(2, 60 + n)] for n in range(6)]
+    task = torch.tensor([0, 0, 1, 2, 3, 3])
+    other = torch.tensor([1, 2, 3, 0])
+    return lecture.Lesson(
+        "random", random_hyper(), all_rows(), task, other, prompts, choices, [0, 1, 1, 0, 1, 0]
+    )
+
+
+def score_of_joint_rows(lesson: lecture.Lesson, hyper: HyperLlama, contexts, shift: int = 0) -> lecture.Score:
+    """lecture.score, each choice in a row of its own. contexts: of each task, the tokens before a query."""
+    right, losses = [], []
+    for n, (prompt, options) in enumerate(zip(lesson.prompts, lesson.choices)):
+        context = contexts[lesson.task[n]]
+        log_probs = []
+        for option in options:
+            after = G + shift
+            positions = [*range(G - len(context), G), *range(after, after + len(prompt + option))]
+            logits = hyper.joint(torch.tensor([context + prompt + option]), torch.tensor([positions]))
+            logits = logits[0, -len(option) - 1 : -1].log_softmax(-1)
+            log_probs.append(logits.gather(1, torch.tensor(option)[:, None]).sum().item())
+        right.append(100.0 * (log_probs[lesson.right[n]] == max(log_probs)))
+        losses.append(-log_probs[lesson.right[n]])
+    return lecture.Score(sum(right) / len(right), sum(losses) / len(losses))
+
+
+@torch.no_grad()
+def test_the_lecture_compares_each_pair_of_roles_with_the_joint_pass():
+    lesson = small_lesson()
+    contexts = [gists_at_the_end(e) for e in EPISODES]
+    joint_roles = {
+        (True, False): ("hyper", None),
+        (False, False): (None, None),
+        (True, True): ("hyper", "hyper"),
+    }
+    results = lecture.compare_roles(lesson)
+    assert results.keys() == joint_roles.keys()
+    for roles, (difference, score) in results.items():
+        hyper = HyperLlama(lesson.hyper.model, lesson.hyper.gists, *joint_roles[roles])
+        assert score == pytest.approx(score_of_joint_rows(lesson, hyper, contexts), abs=1e-4)
+        differences = []
+        for context, n in zip(contexts, (0, 2, 3, 4)):  # the first query of each task
+            row = torch.tensor([context + lesson.prompts[n]])
+            both = [way.joint(row)[0, len(context) :] for way in (hyper, lesson.hyper)]
+            differences.append((both[0] - both[1]).abs().max().item())
+        assert difference == pytest.approx(max(differences), abs=1e-4)
+    assert results[True, False][0] < 1e-4 and min(results[False, False][0], results[True, True][0]) > 0.1
+
+
+@torch.no_grad()
+def test_the_lecture_scores_queries_where_they_begin_and_after_which_gists_they_stand(monkeypatch):
+    lesson = small_lesson()
+    contexts = [gists_at_the_end(e) for e in EPISODES]
+    monkeypatch.setattr(lecture, "SHIFTS", (-7, 0, 5))
+    scores = lecture.compare_offsets(lesson)
+    assert list(scores) == [-7, 0, 5] and len({round(score.loss, 3) for score in scores.values()}) == 3
+    for shift, score in scores.items():
+        assert score == pytest.approx(score_of_joint_rows(lesson, lesson.hyper, contexts, shift), abs=1e-4)
+    own, other, none = lecture.compare_prefixes(lesson).values()
+    assert own == scores[0]
+    others = [contexts[s] for s in (1, 2, 3, 0)]
+    assert other == pytest.approx(score_of_joint_rows(lesson, lesson.hyper, others), abs=1e-4)
+    assert none == pytest.approx(score_of_joint_rows(lesson, lesson.hyper, [[]] * 4), abs=1e-4)
+
+
+@torch.no_grad()
+def test_the_attention_in_the_lecture_is_the_softmax_of_scores_in_the_joint_pass(monkeypatch):
+    lesson = small_lesson()
+    layers = []
+
+    def recorded(q, k, v, mask):
+        k_of_heads = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = (q @ k_of_heads.transpose(2, 3)) / config().head_size ** 0.5
+        layers.append(scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)[0, :, -1])  # [H, S]
+        return attend(q, k, v, mask)
+
+    expected = torch.zeros(config().layers, G)
+    attend = llama.attend
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "attend", recorded)
+        for s, prompt in zip(lesson.task.tolist(), lesson.prompts):
+            context = gists_at_the_end(EPISODES[s])
+            layers.clear()
+            lesson.hyper.joint(torch.tensor([context + prompt]))
+            weights = torch.stack(layers).mean(1)  # [L, S]
+            expected += weights[:, len(context) - G : len(context)] / len(lesson.prompts)
+    torch.testing.assert_close(lecture.attention_to_gists(lesson), expected, **TOLERANCE)
+
+
+def test_the_lecture_counts_positions_from_the_first_gist_and_draws_bars_to_scale(capsys):
+    lesson = small_lesson()
+    lecture.show_positions(lesson)
+    ends = capsys.readouterr().out.splitlines()[-3].split()
+    assert ends == ["-8", "-1", "0", "2", "3", "8"]
+    lecture.show_mask()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["5", ":", *7 * ".", *3 * "#", *3 * "o"]
+    assert lines[-4].endswith("second pass") and lines[-5].split()[:2] == ["2", "gist"]
+    assert lecture.bars([0, 25, 50, 75, 100], 100, 2) == ["   ▄█", " ▄███"]
+
+
+def test_the_lecture_uses_the_trained_run_or_says_that_there_is_none(
+    tmp_path, monkeypatch, capsys, hypernetwork
+):
+    monkeypatch.setattr(lecture, "PROJECT", tmp_path)
+    lesson = lecture.open_lesson(1)
+    assert "not trained" in lesson.model_name and len(lesson.prompts) == 16
+    lecture.show(lesson)
+    printed = capsys.readouterr().out
+    assert all(f"\n{n}. " in printed for n in range(1, 7)) and "not trained" in printed
+    assert max(map(len, printed.splitlines())) <= 90
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "p3-hyper-frozen-seed0").symlink_to(hypernetwork)
+    lesson = lecture.open_lesson(2)
+    assert "after 2 steps" in lesson.model_name and len(lesson.prompts) == 6 and len(lesson.hyper.gists) == 4
+    trained, _ = load_tensors(hypernetwork / "adapters.safetensors")
+    assert torch.equal(lesson.hyper.gists, trained["gists"])
+    lecture.draw(lesson, tmp_path / "figures")
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(lecture.PICTURES)
+    assert max(path.stat().st_size for path in (tmp_path / "figures").iterdir()) < 60_000
+    (tmp_path / "figures" / lecture.PICTURES[-1]).write_text("mine")
+    with pytest.raises(InputError, match="would replace"):
+        lecture.draw(lesson, tmp_path / "figures")

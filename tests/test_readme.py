@@ -1,4 +1,4 @@
-"""The README as a program: how tests/readme.py reads, runs and compares; numbers in the README's prose."""
+"""The pages as programs: how tests/readme.py reads, runs and compares; numbers in their prose."""
 
 import re
 
@@ -124,7 +124,7 @@ def test_blocks_run_in_one_folder_and_failures_are_counted(tmp_path, capsys):
     blocks = parse(SMALL_PAGE)
     assert [run_block(block, tmp_path) for block in blocks] == [0, 0, 1, 1, 0, 0]
     printed = capsys.readouterr().out
-    assert "the README shows  two" in printed and "exit status 1" in printed
+    assert "the page shows  two" in printed and "exit status 1" in printed
     assert "not run (needs no_such_package)" in printed and "not run (why)" in printed
 
 
@@ -138,29 +138,55 @@ def test_a_shortened_command_is_not_compared(tmp_path):
     assert run_block(block, tmp_path) == 1
 
 
-# ------------------------------------------------------------------------------- the README in prose
+def test_a_block_may_be_saved_as_a_file_that_later_commands_use(tmp_path):
+    page = "<!-- file: mine.py -->\n```python\nprint(2)\n```\n```sh\npython mine.py\n```\n\n```\n2\n```"
+    assert [run_block(block, tmp_path) for block in parse(page)] == [0, 0]
+    assert (tmp_path / "mine.py").read_text() == "print(2)\n"
+
+
+def test_pages_are_the_readme_and_then_those_of_docs_by_name(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in ("b.md", "a.md", "c.txt"):
+        (tmp_path / "docs" / name).touch()
+    assert readme.all_pages(tmp_path) == ["README.md", "docs/a.md", "docs/b.md"]
+
+
+# ------------------------------------------------------------------------------- the pages in prose
+
+PAGES = readme.all_pages(ROOT)
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def prose_and_outputs() -> tuple[str, str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    return prose, "\n".join(block.shown or "" for block in parse(text))
+    """Of all pages together."""
+    prose = [re.sub(r"^ *```.*?^ *```$", "", read(page), flags=re.DOTALL | re.MULTILINE) for page in PAGES]
+    outputs = [block.shown or "" for page in PAGES for block in parse(read(page), page)]
+    return "\n".join(prose), "\n".join(outputs)
 
 
-def test_sizes_in_the_readme_are_those_that_its_commands_print():
+def test_sizes_in_prose_are_those_that_a_command_of_some_page_prints():
     prose, outputs = prose_and_outputs()
     sizes = re.findall(r"\d[\d.,]* (?:MB|bytes)\b", prose)
-    assert len(sizes) >= 4 and not re.search(r"\d [KMG]iB\b", prose + outputs)
+    assert sizes and not re.search(r"\d [KMG]iB\b", prose + outputs)
     for size in sizes:
         assert size in outputs or re.search(rf"(?<![\d,]){size.split()[0]}(?![\d,])", outputs), size
 
 
-def test_means_in_the_readme_are_those_of_the_results():
+def test_means_in_prose_are_those_of_the_results():
     means = re.findall(r"\d+\.\d ± \d+\.\d", prose_and_outputs()[0])
-    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-    assert means and all(mean in results for mean in means)
+    assert all(mean in read("RESULTS.md") for mean in means)
 
 
-def test_linked_pages_are_those_of_docs():
-    page = "[a](docs/a.md), [b](docs/b.md#part), [a](docs/a.md), [c](C.md)"
-    assert readme.linked_pages(page) == ["docs/a.md", "docs/b.md"]
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    folder = (ROOT / page).parent
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", read(page)):
+        path = folder / target if target else ROOT / page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, f"{target}#{heading}"

@@ -3,8 +3,11 @@
 import gzip
 import json
 import random
+import re
 import struct
 import sys
+from collections import Counter
+from itertools import permutations, product
 from types import SimpleNamespace
 
 import pytest
@@ -12,16 +15,18 @@ import torch
 from conftest import FEW_TASKS, REAL_DATA, ROOT, needs_real_data, random_llama
 
 import run
-import tasks
+import tasks.prefix
+import train as training
 from data import Example, Formatter, Sample, collate
 from further.lm import whole_text
-from llama import InputError
+from gist import HyperLlama, Rows, label_anchors, mean_pooled, read_rows
+from llama import InputError, rotary_angles, rotate
 from tasks.hyperpretrain import TextBatches
 from tasks.p3 import Prompt, Split, p3_tasks
 from tasks.prefix import PrefixBatches, SoftPrefix
 from tasks.rows import JsonLines, TFRecords, masked_crc32c
 from tasks.sni import sni_tasks
-from tasks.symbol import draw_symbols, in_test_pool, symbol_tasks, whole_words
+from tasks.symbol import LAYOUTS, draw_symbols, in_test_pool, symbol_tasks, whole_words
 from tiny import make, world
 from tiny.make import write_jsonl, write_tfrecord
 
@@ -537,11 +542,78 @@ def test_language_modelling_beside_compression_reads_the_same_window_as_ordinary
     texts = [json.dumps({"text": f"{n} fox, {n} owls. " * 40}) for n in range(30)]
     (tmp_path / "a.jsonl").write_text("\n".join(texts))
     batches = text_batches(tokenizer, tmp_path)
-    windows = [batches.window(random.Random(f"0 {number}"), False, number) for number in range(2)]
+    length = 30 - 2 - 2 + 20
+    windows = [batches.window(random.Random(f"0 {number}"), length, False, number) for number in range(2)]
     text = whole_text(batches(0, range(2)))
     assert text.context is None and text.targets.view(2, -1).tolist() == windows, "A B C D"
     assert text.tokens.tolist() == [[tokenizer.bos, *window[:-1]] for window in windows]
-    assert text.select.tolist() == list(range(2 * len(windows[0]))) and len(windows[0]) == 30 - 2 - 2 + 20
+    assert text.select.tolist() == list(range(2 * len(windows[0]))) and len(windows[0]) == length
+
+
+def test_a_steps_contexts_have_one_length_that_is_drawn_between_the_shortest_and_the_longest(
+    tokenizer, tmp_path
+):
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "fox owl " * 200}) + "\n") * 40)
+    formatter = Formatter(tokenizer, 60, 21)
+    batches = TextBatches(tmp_path, formatter, [2000, 2001], rows=4, shortest=21)
+
+    def lengths(numbers, **how) -> list[int]:
+        samples = [batches.sample(0, number, how.get("test", False)) for number in numbers]
+        assert all(len(query[1]) == 20 for sample in samples for query in sample.queries), "B and C stay"
+        return [len(sample.context[0].tokens) for sample in samples]
+
+    drawn = lengths(range(400))
+    steps = [set(drawn[start : start + 4]) for start in range(0, 400, 4)]
+    assert all(len(step) == 1 for step in steps) and drawn == [*lengths(range(3)), *lengths(range(3, 400))]
+    assert {min(drawn), max(drawn)} == {21, 59} and len(set(drawn)) == 20, "A and D are equally long"
+    assert set(lengths(range(9), test=True)) == {59}, "evaluation reads the longest"
+
+
+def pairs_in(text: str) -> list[tuple[set[str], str]]:
+    """What a text of questions and answers holds: the words of each question, and its answer."""
+    for layout in LAYOUTS:
+        rows = re.findall(re.escape(layout.head.strip("\n")) + " (.+)" + re.escape(layout.tail) + " (.+)", text)
+        if len(rows) > 2:
+            break
+    else:
+        lines = [line for line in text.split("\n") if line not in ("", "Input:", "Output:", "A:", "She:")]
+        rows = list(zip(lines[::2], lines[1::2]))
+    return [(set(re.findall(r"\w+", asked)), answer) for asked, answer in rows]
+
+
+def agrees(pairs: list[tuple[set[str], str]], groups: list[list[str]], labels: list[str]) -> bool:
+    """Whether each question has words of one group alone, and the answer is that group's label."""
+    return all(
+        [bool(asked & set(group)) for group in groups] == [answer == label for label in labels]
+        for asked, answer in pairs
+    )
+
+
+def test_no_text_goes_together_as_a_held_out_task_does():
+    """Neither a grouping of P3 with its labels, nor a definition of S-NI, nor the topics of a set to classify."""
+    _, p3 = world.p3(random.Random("p3 0"))
+    held_out = product(world.PICKS, (form for form in world.FORMS if world.FORMS[form]))
+    tasks = [world.Instruction(*both, r"\w+", told=True) for both in held_out if world.is_held_out(*both)]
+    definitions = re.compile("|".join(task.definition.replace(".", r"\.") for task in tasks))
+    seen = Counter()
+    for path in sorted((ROOT / "tiny" / "text").glob("*.jsonl.gz")):
+        for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+            text = json.loads(line)["text"]
+            seen["told"] += text.startswith("Definition: ")
+            assert not definitions.search(text)
+            pairs = pairs_in(text)
+            answers = sorted({answer for _, answer in pairs})
+            for task in p3.values():
+                if answers == sorted(task.groups):
+                    seen["labels"] += 1
+                    assert not agrees(pairs, list(task.groups.values()), list(task.groups)), (path, text)
+            for names in world.TOPICS:
+                if len(answers) == len(names) and len(pairs) > 5:
+                    topics = [world.KINDS[name] for name in names]
+                    if any(agrees(pairs, topics, list(labels)) for labels in permutations(answers)):
+                        seen["topics"] += 1
+                        assert names not in world.HELDOUT_TOPICS, (path, text)
+    assert min(seen["told"], seen["topics"]) > 400 and seen["labels"] > 3, seen
 
 
 def test_a_document_longer_than_a_twentieth_of_its_file_is_still_evaluation_text(tokenizer, tmp_path):
@@ -608,6 +680,30 @@ P = 5  # length of the prefixes
 
 def soft(kind, kv_heads=2, tasks=("a", "b")):
     return SoftPrefix(random_llama(kv_heads), tasks, P, kind, torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init", ["anchors", "pooled"])
+def test_a_prefix_starts_from_the_keys_and_values_of_its_tasks_own_examples(init):
+    args, *_ = training.parse(["--task", "prefix", "--init", init])
+    a_run = run.open_run(args)
+    held_out = tasks.prefix.load(args, a_run.formatter, "test")
+    tasks.prefix.start(a_run, held_out, None, None)
+    hyper = HyperLlama(a_run.hyper.model, torch.zeros(1, 128), None)
+    for t, task in enumerate(held_out[:3]):
+        (episode,) = task.evaluation(0, 0, 16, 1)
+        prefix = tasks.prefix.prefix_of(a_run, t)
+        assert prefix.offset.tolist() == [16]
+        if init == "anchors":  # without BOS, and so a position earlier
+            expected = hyper.compress(Rows.of([label_anchors(a_run.formatter, episode)])).past
+            back = rotary_angles(torch.tensor([[-1]]), hyper.model.config)
+            expected = [(rotate(k[:, :, 1:], back), v[:, :, 1:]) for k, v in expected]
+        else:
+            rows = [a_run.formatter.context_tokens(episode)]
+            expected = mean_pooled(read_rows(hyper.model, rows), 16, hyper.model.config).past
+        differences = [a - b for ours, theirs in zip(prefix.past, expected) for a, b in zip(ours, theirs)]
+        noise = torch.stack(differences).std().item()
+        assert noise == pytest.approx(tasks.prefix.NOISE, rel=0.1) if init == "pooled" else noise < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["flat", "reparam", "propagate"])
@@ -709,15 +805,6 @@ def test_the_miniature_in_git_is_what_its_script_makes(tmp_path, tokenizer):
 
     folders = [path.name for path in tmp_path.iterdir()]
     assert len(folders) >= 4 and files(tmp_path, folders) == files(ROOT / "tiny", folders)
-
-
-def test_no_text_of_the_miniature_is_laid_out_as_a_task_is():
-    packed = [path.read_bytes() for path in (ROOT / "tiny" / "text").glob("*.gz")]
-    text = b"".join(map(gzip.decompress, packed)).decode()
-    assert len(text.splitlines()) == 12_000 and "The animal?" in text and "He: " in text
-    signs = "Input Output Definition Question Answer Student Symbol Label -> Q:".split()
-    for sign in [*signs, " = ", "Name the", "Find the", " or "]:
-        assert sign not in text
 
 
 def test_the_miniature_never_trains_on_what_it_holds_out():

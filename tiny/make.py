@@ -2,11 +2,12 @@
 
     python -m tiny.make            all of it, from a seed, in place of what lies beside this file
 
-Needs torch 2.9 or later (for the Muon optimizer); on two CPU cores it takes about an hour and a half.
+Needs torch 2.9 or later (for the Muon optimizer); on one CPU core it takes about two hours and a half.
 
 This script writes the data and trains the base, an ordinary language model. Compression is left to the
-project's own command, train.py --task hyperpretrain, on the texts of texts.py: tiny/llama-c is the folder
-of that run.
+project's own command, train.py --task hyperpretrain: tiny/llama-c is the folder of that run. Its text begins
+with lists and stories (texts.py) and goes on with all kinds that the base has read, the tasks' layouts
+among them; what goes together in held-out tasks never does in a text.
 
 Looking a word up in what came before doesn't come by itself: the base reads repeated strings first, then
 lists of single words, phrases, pairs, and at last sentences, random tasks with a definition, random sets to
@@ -76,20 +77,21 @@ def lookup_rows(rng: random.Random, difficulty: int) -> Iterator[tuple[str, str,
         yield text, label, word
 
 
-Row = tuple[list[int], list[int], bool]  # prompt, answer, and whether what stands before gives it away
+Row = tuple[str, str, bool]  # prompt, answer, and whether what stands before gives it away
+NEXT = None  # in a series of rows: the next ones are a text of their own
 
 
-def lookup(rng: random.Random, tokenizer: Tokenizer, difficulty: int) -> Iterator[Row]:
+def lookup(rng: random.Random, difficulty: int) -> Iterator[Row]:
     """Endless rows of one lookup task in one layout."""
     layout, seen = rng.choice(LAYOUTS), set()
     for text, label, word in lookup_rows(rng, difficulty):
-        yield tokenizer.encode(layout.format(x=text, y="")), tokenizer.encode(label), word in seen
+        yield layout.format(x=text, y=""), label, word in seen
         seen.add(word)
 
 
-def definition_rows(rng: random.Random, tokenizer: Tokenizer, examples: int, queries: int) -> list[Row]:
+def definition_rows(rng: random.Random, examples: int, queries: int) -> Iterator[Row]:
     """A task with a definition: examples, then queries."""
-    task, rows = world.random_instruction(rng, world.LABELS, held_out=False), []
+    task = world.random_instruction(rng, world.LABELS, held_out=False)
     start = SNI_LAYOUT.instruction.format(task.definition)
     for n in range(examples + queries):
         text, answer = task.row(rng)
@@ -98,65 +100,61 @@ def definition_rows(rng: random.Random, tokenizer: Tokenizer, examples: int, que
         else:
             prompt = f"{SNI_LAYOUT.head} {text}{SNI_LAYOUT.tail}"
         end = "\n\n" if n < examples else ""
-        rows.append(
-            (tokenizer.encode(start + prompt), tokenizer.encode(f" {answer}{end}"), task.told or n > 0)
-        )
+        yield start + prompt, f" {answer}{end}", task.told or n > 0
         start = ""
-    return rows
 
 
-def definitions(rng: random.Random, tokenizer: Tokenizer) -> Iterator[Row]:
+def definitions(rng: random.Random) -> Iterator[Row | None]:
     """Tasks with a definition one after the other, each with up to four examples and a query, as texts of their own."""
     while True:
-        *rows, (prompt, answer, known) = definition_rows(rng, tokenizer, rng.randint(0, 4), 1)
-        yield from rows
-        yield prompt, answer + [tokenizer.eos, tokenizer.bos], known
+        yield from definition_rows(rng, rng.randint(0, 4), 1)
+        yield NEXT
 
 
-def topics(rng: random.Random, tokenizer: Tokenizer, words: list[str]) -> Iterator[Row]:
-    """Endless rows of one set to classify, with arbitrary symbols as labels."""
+def topics(rng: random.Random, words: list[str], all_symbols: bool) -> Iterator[Row]:
+    """Endless rows of one set to classify, with arbitrary symbols as labels (some of them words)."""
     topics, layout, seen = rng.choice(world.TRAIN_TOPICS), rng.choice(SYMBOL_LAYOUTS), set()
-    symbols = draw_symbols(rng, len(topics), words, test=rng.random() < 0.25)
+    symbols = draw_symbols(rng, len(topics), words, test=all_symbols and rng.random() < 0.25)
     while True:
         at = rng.randrange(len(topics))
         text = world.about(rng, topics[at], topics)
-        yield (
-            tokenizer.encode(f"{layout.head} {text}{layout.tail}"),
-            tokenizer.encode(" " + symbols[at]),
-            at in seen,
-        )
+        yield f"{layout.head} {text}{layout.tail}", " " + symbols[at], at in seen
         seen.add(at)
 
 
-def encoded_rows(rng: random.Random, tokenizer: Tokenizer, kind: int) -> Iterator[Row]:
+def rows_of(rng: random.Random, kind: int, words: list[str]) -> Iterator[Row | None]:
     if kind == DEFINITION:
-        return definitions(rng, tokenizer)
+        return definitions(rng)
     if kind == TOPIC:
-        return topics(rng, tokenizer, whole_words(tokenizer))
-    return lookup(rng, tokenizer, kind)
+        return topics(rng, words, all_symbols=True)
+    return lookup(rng, kind)
 
 
 Document = tuple[list[int], list[bool]]  # tokens, and which of them could be known from what stands before
 
 
-def as_document(tokenizer: Tokenizer, rows: Iterable[Row], length: int) -> Document:
+def as_document(tokenizer: Tokenizer, rows: Iterable[Row | None], length: int) -> Document:
     tokens, known = [tokenizer.bos], [False]
-    for prompt, answer, given in rows:
-        tokens += prompt + answer
-        known += [False] * len(prompt) + [given] * len(answer)
+    for row in rows:
+        if row is NEXT:
+            tokens += [tokenizer.eos, tokenizer.bos]
+            known += [known[-1]] * 2
+        else:
+            prompt, answer = map(tokenizer.encode, row[:2])
+            tokens += prompt + answer
+            known += [False] * len(prompt) + [row[2]] * len(answer)
         if len(tokens) >= length:
             break
     return tokens[:length], known[:length]
 
 
-def document(rng: random.Random, tokenizer: Tokenizer, difficulty: int, length: int) -> Document:
-    if difficulty == TEXT:
-        tokens = [tokenizer.bos, *tokenizer.encode(texts.text(rng, (0.1, 0.1, 0.15, 0.45, 0.1, 0.1)))][
-            :length
-        ]
+def document(rng: random.Random, tokenizer: Tokenizer, kind: int, length: int) -> Document:
+    if kind == TEXT:
+        text = texts.text(rng, (0.1, 0.1, 0.15, 0.45, 0.1, 0.1), 600, 1000)
+        tokens = [tokenizer.bos, *tokenizer.encode(text)][:length]
         return tokens, [False] * len(tokens)
-    if difficulty != REPEAT:
-        return as_document(tokenizer, encoded_rows(rng, tokenizer, difficulty), length)
+    if kind != REPEAT:
+        return as_document(tokenizer, rows_of(rng, kind, whole_words(tokenizer)), length)
     period = rng.randint(8, 32)
     string = [t for _ in range(period) for t in tokenizer.encode(rng.choice(("", " ")) + rng.choice(WORDS))]
     return ([tokenizer.bos] + string * length)[:length], [t > len(string) for t in range(length)]
@@ -426,20 +424,44 @@ def write_sample(folder: Path, seed: int) -> None:
                 rows.writerow((world.about(rng, kind, pair), labels[kind]))
 
 
-TEXTS = {  # file of 6,000 texts -> share of each of texts.KINDS: easy ones first
-    "1-words.jsonl.gz": (0.4, 0.25, 0.1, 0.25, 0, 0),
-    "2-stories.jsonl.gz": (0.05, 0.1, 0.15, 0.5, 0.1, 0.1),
+EASY, STORIES, ALL = "1-words.jsonl.gz", "2-stories.jsonl.gz", "3-all-kinds.jsonl.gz"
+TEXTS = {  # file -> millions of letters, shares of texts.KINDS, or of NAMES: easy ones first
+    EASY: (2.2, (0.4, 0.25, 0.1, 0.25, 0, 0)),
+    STORIES: (2.6, (0.05, 0.1, 0.15, 0.5, 0.1, 0.1)),
+    ALL: (5.4, (0, 0.05, 0.05, 0.07, 0.2, 0.15, 0.42, 0.06)),
 }
+
+
+def text(rng: random.Random, kind: int) -> str:
+    """A text of a kind that the base was trained on, of 600 to 2400 letters; or one task with a definition."""
+    if kind == TEXT:
+        return texts.text(rng, TEXTS[STORIES][1], 600, 2400)
+    if kind == DEFINITION:
+        return "".join(prompt + answer for prompt, answer, _ in definition_rows(rng, rng.randint(0, 4), 1))
+    rows = topics(rng, WORDS, all_symbols=False) if kind == TOPIC else lookup(rng, kind)
+    letters = rng.randint(600, 2400)
+    lines = ""
+    for prompt, answer, _ in rows:
+        lines += prompt + answer
+        if len(lines) >= letters:
+            return lines.strip()
 
 
 def write_text(folder: Path, seed: int) -> None:
     """Lists, stories, notes in which the same things keep going together: what comes before helps."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, shares in TEXTS.items():
-        lines = [
-            json.dumps({"text": texts.text(random.Random(f"text {seed} {name} {i}"), shares)}) + "\n"
-            for i in range(6000)
-        ]
+    for name, (millions, shares) in TEXTS.items():
+        lines = []
+        letters = 0
+        while letters < 1e6 * millions:
+            rng = random.Random(f"text {seed} {name} {len(lines)}")
+            if name == ALL:
+                (kind,) = rng.choices(range(len(NAMES)), shares)
+                line = text(rng, kind)
+            else:
+                line = texts.text(rng, shares, 600, 2400)
+            lines.append(json.dumps({"text": line}) + "\n")
+            letters += len(line)
         (folder / name).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 

@@ -1,10 +1,10 @@
-"""The texts of the miniature: what hyperpretraining compresses.
+"""Texts of the miniature: what hyperpretraining compresses first (make.py adds the kinds that tasks have).
 
 Word lists, phrases, small stories, notes and catalogues in which the same things keep going together:
 which team an animal belongs to, which word somebody notes down, which mark a shelf has. What goes
 with what is drawn anew for each text, so it can only be known from the text itself. A text is a list of
-lines or a dialogue; the layouts of P3, Super-NaturalInstructions and symbol tuning don't occur, and of
-P3's eight wordings three do; no text combines words as held-out tasks do. The rest is left for training.
+lines or a dialogue. The layouts of P3, Super-NaturalInstructions and symbol tuning don't occur here, and of
+P3's eight wordings three do.
 """
 
 import random
@@ -73,9 +73,9 @@ WRITERS = {
 }
 
 
-def text(rng: random.Random, shares: tuple[float, ...]) -> str:
-    """A whole text of 600 to 1000 letters, of a kind drawn by its share."""
-    (kind,), letters, lines = rng.choices(KINDS, shares), rng.randint(600, 1000), ""
+def text(rng: random.Random, shares: tuple[float, ...], shortest: int, longest: int) -> str:
+    """A whole text of so many letters (or a line more), of a kind drawn by its share."""
+    (kind,), letters, lines = rng.choices(KINDS, shares), rng.randint(shortest, longest), ""
     layout = rng.choice(["{}\n{}\n", "He: {}\nShe:\n{}\n"])
     for said, goes_with in WRITERS[kind](rng, kind):
         lines += layout.format(said, goes_with)

@@ -145,13 +145,18 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     or, `by` an option of theirs (gists, shots), their results.
 
     Runs that differ only in their seed make one curve: the mean, and a band of one standard deviation.
-    Baselines and controls are dashed.
+    Baselines and controls are dashed. Below, the training loss of the label's tokens and of EOS.
     """
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     points, kind, args = curves(runs, by)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    below = (
+        [] if by else [line for run in runs for line in read_log(run / "log.jsonl") if "label_loss" in line]
+    )
+    figure = Figure(figsize=(7, 6.0 if below else 4.2), layout="constrained")
+    axes, *under = figure.subplots(1 + bool(below), squeeze=False, height_ratios=[7, 3][: 1 + bool(below)])[
+        :, 0
+    ]
     alone = len({name for name, _ in points}) == 1
     heads = TITLES | ({"fewshot": "examples in context"} if by else {})  # as many as there were shots
     for (name, column), curve in points.items():
@@ -170,6 +175,15 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
         axes.set_xticks(every, [str(x) for x in every])
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    for part in under:
+        for key, label in (("label_loss", "label"), ("end_loss", "EOS after it")):
+            of_step: dict[int, list[float]] = {}
+            for line in below:
+                of_step.setdefault(line["step"], []).append(line[key])
+            part.plot([*of_step], [*map(statistics.fmean, of_step.values())], label=label, linewidth=1.2)
+        part.set(xlabel="step", ylabel="loss per token", yscale="log")
+        part.grid(alpha=0.3)
+        part.legend(frameon=False)
     write_picture(figure, path)
 
 

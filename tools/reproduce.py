@@ -35,6 +35,8 @@ HELPS = {  # what the literature since then found to help
     "C gists every 4": f"{C} --gists-every 4",
     "C gists spread": f"{C} --gists-spread",
     "C distill": f"{C} --distill 1",
+    "HyperLlama anchors": f"{BASE} --anchors",
+    "C anchors": f"{C} --anchors",
     "C chain of 2": f"{C} --chain 2",
     "C emit lora": f"{C} --emit lora --gists 8",
 }
@@ -50,7 +52,7 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
     "prefix": {
         f"{init}": f"--task prefix {C} --init {init}"
         + " --run runs/reproduce/p3/C/seed{seed}" * (init == "hyper")
-        for init in ("hyper", "shared", "random", "reparam", "text", "propagate")
+        for init in ("hyper", "shared", "random", "reparam", "propagate", "text", "anchors", "pooled")
     },
     "helps": {row: f"--task p3 {options} --measure 0" for row, options in HELPS.items()},
     "sni": {
@@ -91,11 +93,11 @@ TITLES = {
 }
 TITLES = {"text": "Compression hyperpretraining on text", **TITLES, "helps": "What helps"}
 WORDS = {
-    "p3": """Accuracy, the mean over the held-out prompts, sixteen examples, five draws of them. 0-shot and few-shot columns are the
-untouched model of that row. The paper's numbers (7B): fine-tuned 0-shot 55.4, HyperLlama 55.8, C 56.8, D 57.2, CD 57.2, fine-tuned
+    "p3": """Accuracy, the mean over the held-out prompts, sixteen examples, five draws of them. The paper's numbers (7B): fine-tuned 0-shot 55.4, HyperLlama 55.8, C 56.8, D 57.2, CD 57.2, fine-tuned
 16-shot 61.2.""",
     "prefix": """Accuracy on the held-out prompts of P3 after training a prefix of sixteen for each on its training rows, by what the prefix
-starts from; "hyper" starts from the gists that the run C above makes of sixteen examples. The paper's (7B): random with
+starts from; "hyper" starts from the gists that the run C above makes of sixteen examples; "text", "anchors" and "pooled" from keys and
+values of the same examples: of their first tokens, of their labels, and the mean of all (with a little noise). The paper's (7B): random with
 reparametrisation 77.3, hyper 67.3, shared 59.0, random 57.7.""",
     "sni": """ROUGE-L, the mean over the instances of the held-out tasks; two positive examples. "definition" and "definition and
 examples" are fine-tuned language models that see these in context. The paper gives an order and no numbers.""",
@@ -109,11 +111,8 @@ along the way, answered after the gists of 16 examples: no step is taken on any 
 answer with all examples in context; reconstruct: 0.5 × the loss of saying the examples again after the gists; both: these two; gists
 every 4: four gists after every four examples, rather than all at the end; gists spread: their positions lie evenly over the examples;
 emit lora: eight gists become low-rank updates, in about as many bytes as the keys and values of sixteen; chain of 2: 32 examples, the
-gists of the second sixteen see those of the first. The teacher of "C distill" is C itself with the examples in context, see its column
-16-shot. Seconds above 300 were taken beside other work on the same cores, and are too many.
-The rows with distill, reconstruct
-(also "both"), gists every 4 and emit lora were measured before these took their present form: the teacher's query had a second BOS,
-terms were means of each batch, and the heads of emit lora were not normalised.""",
+gists of the second sixteen see those of the first; anchors: no gists, the prefix is read at the last token of each example, and training
+starts from the column "label anchors". The teacher of "C distill" is C itself with the examples in context, see its column 16-shot.""",
 }
 
 
@@ -188,9 +187,12 @@ def costs(rows: list[Path], query: int = 32) -> list[str]:
 def write_results(path: Path) -> None:
     text = ["# Results in miniature", "", "Made by `python -m tools.reproduce`: three seeds a row, mean ± standard deviation over them. The model has 1.0",
             "million parameters and its world is a few hundred words: this shows that the mechanism works and what it takes, not how well a real",
-            "Llama-2 does. `tiny/llama` is the base, `tiny/llama-c` the same after compression hyperpretraining (C). Controls: the answering model",
+            "Llama-2 does. `tiny/llama` is the base, `tiny/llama-c` the same after compression hyperpretraining (C).", "",
+            "0-shot, few-shot and label anchors are the untouched model of that row, with nothing, with all examples in context, and with the keys",
+            "and values of BOS and of the examples' last tokens; \"base, …\" is that model before hyperpretraining. Controls: the answering model",
             "without a prefix, with the gists of another task, with the keys and values of the examples mean-pooled to as many as there are gists,",
-            "and with whole examples in as many raw tokens (at least one). Seconds are those of training and evaluation, one thread a run."]  # fmt: skip
+            "and with whole examples in as many raw tokens (at least one). Seconds are those of training and evaluation, one thread a run, with two",
+            "runs at a time on two cores."]  # fmt: skip
     for table, title in TITLES.items():
         rows = [ALL / table / row.replace(" ", "_") for row in ROWS.get(table, ()) if values(table, row)]
         if table == "text":
