@@ -291,7 +291,7 @@ def encode(
     run: Run, column: Column, episodes: list[Episode], others: list[Episode], t: int = 0
 ) -> list[Encoded]:
     """Episodes of task number t as tokens. others: of another task, whose context a control takes."""
-    instruct = column.instruct or ("inside" if run.args.instruction_downstream else "no")
+    instruct = column.instruct or run.instruct
     encoded = []
     for i, episode in enumerate(episodes):
         source = others[i % len(others)] if column.other else episode
@@ -405,7 +405,7 @@ def draw_held_out(run: Run) -> HeldOut:
     args = run.args
     held_out = run.task.load(args, run.formatter, "test")
     main = MAIN[args.method]
-    instruct = main.instruct or ("inside" if args.instruction_downstream else "no")
+    instruct = main.instruct or run.instruct
     queries = Counter()
     contexts = {"hyper": Counter(), "fewshot": Counter()}
     shots = []

@@ -455,6 +455,11 @@ class Run:
         return self.hyper.model.embed_tokens.weight.device
 
     @property
+    def instruct(self) -> str:
+        """Where the instruction stands in a query that follows gists (Formatter.query): the paper's I, or not."""
+        return "inside" if self.args.instruction_downstream else "no"
+
+    @property
     def base_folder(self) -> str | None:
         """Where the model came from, if hyperpretraining made it and that model is still there."""
         folder = Path(self.args.model)

@@ -26,9 +26,8 @@ def batches(a_run) -> EpisodeBatches:
     args = a_run.args
     tasks = a_run.task.load(args, a_run.formatter, "train")
     hyper = a_run.hyper
-    instruct = "inside" if args.instruction_downstream else "no"
     return EpisodeBatches(
-        tasks, a_run.formatter, args.method, args.shots, hyper.gist_ids, hyper.compression, instruct
+        tasks, a_run.formatter, args.method, args.shots, hyper.gist_ids, hyper.compression, a_run.instruct
     )
 
 

@@ -1,7 +1,7 @@
 """What examples cost in context, kept as keys and values, and as gists (compression included).
 
 python -m tools.cost RUN        for the run's model, and for Llama-2-7B
-python -m tools.cost --real     what TinyLlama and Llama-2-7B need, as computed from their shapes
+python -m tools.cost --real     what real models need, as computed from their shapes
 """
 
 import signal
@@ -22,6 +22,8 @@ from run import (
 )
 # fmt: on
 
+SMOLLM2_1_7B = Config(49152, 2048, 24, 32, 32, 64, 8192, 1e-5, 130000.0, 8192, tied=True)
+LLAMA_3_2_1B = Config(128256, 2048, 16, 32, 8, 64, 8192, 1e-5, 500000.0, 131072, tied=True)
 TINYLLAMA = Config(32000, 2048, 22, 32, 4, 64, 5632, 1e-5, 10000.0, 2048)
 LLAMA_2_7B = Config(32000, 4096, 32, 32, 32, 128, 11008, 1e-5, 10000.0, 4096)
 
@@ -59,11 +61,12 @@ def at_use(c: Config, args: dict, query: int, size: int, rank: int = 0) -> tuple
 
 def print_needs() -> None:
     """Weights in memory, and what a training run of 10,000 steps takes: 4 prefixes of 1,024 tokens a step, 4 queries of 128 each."""
-    lines = [["as computed", "TinyLlama-1.1B", "Llama-2-7B"]]
+    lines = [["as computed", "TinyLlama-1.1B", "Llama-3.2-1B", "SmolLM2-1.7B", "Llama-2-7B"]]
     rows: dict[str, list[str]] = {}
-    for c in (TINYLLAMA, LLAMA_2_7B):
+    for c in (TINYLLAMA, LLAMA_3_2_1B, SMOLLM2_1_7B, LLAMA_2_7B):
         attention = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads)
-        matrices, outside = c.layers * (attention + 3 * c.width * c.hidden), 2 * c.vocab * c.width
+        matrices = c.layers * (attention + 3 * c.width * c.hidden)
+        outside = (1 if c.tied else 2) * c.vocab * c.width
         lora = (
             8
             * c.layers
