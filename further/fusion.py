@@ -1,7 +1,7 @@
 """Instruction fusion (HINT, Ivison et al. 2023): the instruction's own keys and values stay beside the gists.
 
 The downstream model then sees what the instruction says word for word, and the examples through the
-gists. In HINT's ablation, leaving fusion out costs most. Rows keep unequal numbers of tokens, so the
+gists. In an ablation of HINT, leaving fusion out costs most. Rows keep unequal numbers of tokens, so the
 prefix has a past_mask.
 """
 

@@ -13,8 +13,8 @@ terms = None  # the loss stays as it is
 
 
 def check(args) -> None:
-    if args.method != "hyper" or args.task == "prefix":
-        raise InputError("--gists-spread belongs to a hypernetwork")
+    if args.method != "hyper" or args.task in ("prefix", "hyperpretrain"):
+        raise InputError("--gists-spread belongs to a hypernetwork that is trained on tasks")
 
 
 def compression(args) -> Compression | None:

@@ -1,7 +1,7 @@
 """What the full context says, as a teacher: two terms of the loss.
 
     --distill W           W × the Kullback-Leibler divergence from the base's answer with all examples in
-                          context (HINT's second-best ingredient)
+                          context (the second-best ingredient in an ablation of HINT)
     --weight-by-context   a target counts by what the full context is worth for it, in nats ("token
                           importance", arXiv 2412.17483)
 
