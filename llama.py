@@ -94,6 +94,8 @@ def read_config(folder: Path) -> Config:
         for field, value in numbers.items():
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{field} = {value!r} is not a positive number")
+        if config.heads % config.kv_heads or config.head_size % 2:
+            raise ValueError(f"{config.heads} heads of {config.head_size}, {config.kv_heads} KV heads: don't fit")
     return config
 
 

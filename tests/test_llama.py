@@ -274,6 +274,8 @@ def test_other_weights_in_any_layer_another_tokenizer_or_rotation_have_another_c
     ({"hidden_size": "32"}, "not a Llama checkpoint's configuration .*'str'"),
     ({"vocab_size": "50"}, "vocab = '50' is not a positive number"),
     ({"num_hidden_layers": 0}, "layers = 0 is not a positive number"),
+    ({"num_key_value_heads": 3}, "4 heads of 8, 3 KV heads: don't fit"),
+    ({"head_dim": 7}, "4 heads of 7, 2 KV heads: don't fit"),
 ])  # fmt: skip
 def test_a_config_that_is_not_implemented_is_refused(tmp_path, change, message):
     with pytest.raises(InputError, match=f"config.json: .*{message}"):
@@ -299,7 +301,7 @@ def test_tensors_that_do_not_fit_the_config_are_refused(tmp_path):
     with pytest.raises(InputError, match="not twice"):
         load(folder)
     (folder / "model-2.safetensors").unlink()
-    for change in ({"num_key_value_heads": 3}, {"hidden_size": 40}):
+    for change in ({"num_key_value_heads": 4}, {"hidden_size": 40}):
         write_hf(folder, model, **change)
         with pytest.raises(InputError, match="which its config doesn't ask for"):
             load(folder)
