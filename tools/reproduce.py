@@ -48,6 +48,7 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "CD": f"--task p3 {C} --downstream lora --measure 0",
         "fine-tuned 0-shot": f"--task p3 {BASE} --method zeroshot --measure 0",
         "fine-tuned 16-shot": f"--task p3 {BASE} --method fewshot --measure 0",
+        "C fine-tuned 16-shot": f"--task p3 {C} --method fewshot --measure 0",
     },
     "prefix": {
         f"{init}": f"--task prefix {C} --init {init}"
@@ -58,6 +59,7 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
     "sni": {
         "definition": f"--task sni {BASE} --method zeroshot",
         "definition and examples": f"--task sni {BASE} --method fewshot",
+        "C definition and examples": f"--task sni {C} --method fewshot",
         "HyperLlama": f"--task sni {BASE}",
         "C": f"--task sni {C}",
         "I": f"--task sni {BASE} --instruction-downstream",
@@ -67,6 +69,7 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "0-shot": f"plain --task symbol {BASE} --method zeroshot",
         "few-shot": f"plain --task symbol {BASE} --method fewshot",
         "symbol-tuned few-shot": f"--task symbol {BASE} --method fewshot",
+        "C symbol-tuned few-shot": f"--task symbol {C} --method fewshot",
         "HyperLlama": f"--task symbol {BASE}",
         "C": f"--task symbol {C}",
     },
