@@ -268,8 +268,8 @@ def label_anchors(formatter, episode) -> Context:
     """BOS, instruction and examples. What is kept are the last tokens of these: of BOS, of each answer.
 
     In-context learning gathers what an example says at its label (Wang et al. 2023, arXiv 2305.14160). The
-    keys and values there are a prefix that costs no training. As after gists, queries go on right after as many
-    positions as are kept.
+    keys and values there are a prefix that costs no training. As after gists, queries go on right after as
+    many positions as are kept.
     """
     tokens, examples = formatter.context_parts(episode)
     kept = sorted({0, len(tokens) - 1})

@@ -95,7 +95,9 @@ def read_config(folder: Path) -> Config:
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{field} = {value!r} is not a positive number")
         if config.heads % config.kv_heads or config.head_size % 2:
-            raise ValueError(f"{config.heads} heads of {config.head_size}, {config.kv_heads} KV heads: don't fit")
+            raise ValueError(
+                f"{config.heads} heads of {config.head_size}, {config.kv_heads} KV heads: don't fit"
+            )
     return config
 
 
@@ -363,7 +365,7 @@ class Llama(nn.Module):
         offset   [B] position of each row's first token (0 when there is no past); or [B, T], of every token
         adapter  name of the LoRA set that acts, or {name: gate [B, T, 1]} to let it act in places
         mask     [B, T, P + T] bool, True = may look; default: causal, and the past is seen whole
-        select   [N] the positions whose logits are wanted, as indices into B·T (default: every one); no gates
+        select   [N] the positions whose logits are wanted, as indices into B·T (default: all); no gates
 
         Returns logits [B, T, V], or [N, V] with `select`; and all keys and values: the `past` of what's next.
         """

@@ -237,7 +237,7 @@ def label_and_end(batch: Batch, logits: Tensor, eos: int) -> Tensor:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over the first tenth of the steps, then linear to zero. Share of --lr in step 0, 1, …"""
+    """Linear warm-up over the first tenth of the steps, then linear to zero. Share of --lr in step 0, 1 …"""
     warm_up = max(1, round(WARM_UP * steps))
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 

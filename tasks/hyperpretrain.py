@@ -181,15 +181,11 @@ class TextBatches:
             first += 1
         if not size:
             raise InputError(f"{path}: is empty")
-        text_of(
-            data, first, data.find(b"\n", first, size) + 1 or size, path
-        )  # another kind of file is found now
-        border = (
-            data.find(b"\n", max(first, size * 19 // 20), size) + 1
-        )  # the first document after 19 twentieths,
-        border = (
-            border or data.rfind(b"\n", first, size) + 1
-        )  # or the last one, if it is longer than a twentieth
+        # Another kind of file is found now.
+        text_of(data, first, data.find(b"\n", first, size) + 1 or size, path)
+        # The first document after 19 twentieths; or the last one, if it is longer than a twentieth.
+        border = data.find(b"\n", max(first, size * 19 // 20), size) + 1
+        border = border or data.rfind(b"\n", first, size) + 1
         if not border:
             print(f"{path}: a single document, so none of it is kept for evaluation", file=sys.stderr)
             return size, size

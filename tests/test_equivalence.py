@@ -298,7 +298,9 @@ def test_the_log_tells_the_loss_of_labels_from_that_of_their_ends():
     assert ends == sum(len(episode.queries) for episode in episodes) and labels + ends == len(batch.targets)
     last = logits[batch.targets == EOS].log_softmax(-1)[:, EOS]
     assert end == pytest.approx(-last.sum().item(), rel=1e-5)
-    assert label + end == pytest.approx(training.cross_entropy(run.hyper, batch, gists, logits).item(), rel=1e-5)
+    assert label + end == pytest.approx(
+        training.cross_entropy(run.hyper, batch, gists, logits).item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("method", ["fewshot", "zeroshot"])

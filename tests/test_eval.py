@@ -609,7 +609,9 @@ def test_a_default_folder_names_the_model_and_the_data(tmp_path):
 def test_prefix_tuning_has_a_default_folder_for_each_start(tmp_path, hypernetwork):
     other = tmp_path / "other"
     shutil.copytree(hypernetwork, other)
-    starts = [["--init", init] for init in ("random", "shared", "reparam", "propagate", "text", "anchors", "pooled")]
+    starts = [
+        ["--init", init] for init in ("random", "shared", "reparam", "propagate", "text", "anchors", "pooled")
+    ]
     starts += [["--run", str(folder), "--gists", "4"] for folder in (hypernetwork, other)]
     folders = [training.parse(["--task", "prefix", *start])[1] for start in starts]
     assert len(set(folders)) == len(starts) and str(folders[0]) == "runs/prefix-random-seed0"

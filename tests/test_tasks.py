@@ -572,7 +572,9 @@ def test_a_steps_contexts_have_one_length_that_is_drawn_between_the_shortest_and
 def pairs_in(text: str) -> list[tuple[set[str], str]]:
     """What a text of questions and answers holds: the words of each question, and its answer."""
     for layout in LAYOUTS:
-        rows = re.findall(re.escape(layout.head.strip("\n")) + " (.+)" + re.escape(layout.tail) + " (.+)", text)
+        rows = re.findall(
+            re.escape(layout.head.strip("\n")) + " (.+)" + re.escape(layout.tail) + " (.+)", text
+        )
         if len(rows) > 2:
             break
     else:

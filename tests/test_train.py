@@ -234,7 +234,9 @@ def test_real_sni_files_train_and_evaluate(tmp_path):
     assert "have no file: left out" in done.stderr and len(contents(out)[2]["tasks"]) == 5
 
 
-@pytest.mark.parametrize("init", ["hyper", "shared", "random", "reparam", "propagate", "text", "anchors", "pooled"])
+@pytest.mark.parametrize(
+    "init", ["hyper", "shared", "random", "reparam", "propagate", "text", "anchors", "pooled"]
+)
 def test_every_start_of_prefix_tuning_runs_resumes_and_evaluates(tmp_path, hypernetwork, init):
     out = tmp_path / "run"
     start = ["--task", "prefix", *SHORT, "--batch-size", "1", "--measure", "10", "--init", init]
