@@ -442,3 +442,33 @@ def test_curves_are_drawn(tmp_path):
     assert (tmp_path / "by.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(InputError, match="not the folder of a run"):
         plot([tmp_path / "no"], tmp_path / "c.png")
+
+
+def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apart(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import matplotlib.pyplot as pyplot
+
+    figures = []
+    savefig = pyplot.Figure.savefig
+    monkeypatch.setattr(
+        pyplot.Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or savefig(figure, *a, **k)
+    )
+    runs = [tmp_path / f"seed{seed}" for seed in range(2)]
+    for folder, value in zip(runs, (60.0, 70.0)):
+        write_run(folder, value)
+    run("bars", *runs, "--out", tmp_path / "bars.png", program="report")
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0-shot", "gists"]
+    assert [bar.get_width() for bar in axes.patches] == [50.0, 65.0]
+    (whiskers,) = axes.collections
+    ends = [segment[:, 0].tolist() for segment in whiskers.get_segments()]
+    assert ends[0] == [50.0, 50.0] and ends[1] == pytest.approx([65 - 7.07, 65 + 7.07], abs=0.01)
+
+    for folder, loss in zip(runs, (1.0, 3.0)):
+        line = {"step": 3, "loss": 9.0, "label_loss": loss, "end_loss": 5.0}
+        with open(folder / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+    plot(runs, tmp_path / "c.png")
+    below = {line.get_label(): line.get_ydata() for line in figures[1].axes[1].lines}
+    assert {label: list(ys) for label, ys in below.items()} == {"label": [2.0], "EOS after it": [5.0]}
+    assert "not the results" in run("bars", tmp_path, "--out", tmp_path / "b.png", program="report", status=2).stderr

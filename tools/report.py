@@ -2,6 +2,7 @@
 
 python -m tools.report table DIR…              a line for each folder of runs: mean ± deviation over its runs
 python -m tools.report plot RUN… --out FILE    curves over steps; --by gists, --by shots: results by an option
+python -m tools.report bars RUN… --out FILE    the last line of a run's table; of several seeds, mean and deviation
 """
 
 import signal
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 import tasks
-from eval import TITLES, spread
+from eval import MAIN, TITLES, spread
 from gist import gist_mask
 from llama import InputError, reading
 from lora import replacing
@@ -187,6 +188,41 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     write_picture(figure, path)
 
 
+def bars(runs: list[Path], path: Path) -> None:
+    """Result, baselines and controls of runs that differ in their seed: means, and whiskers of one deviation.
+
+    (Of a single run, the whisker of its result is the deviation over draws of examples.)
+    """
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    values: dict[str, list[float]] = {}
+    colours: dict[str, str] = {}
+    for run in runs:
+        results = read_results(run)
+        with reading(run / "results.json", "not the results of a run"):
+            parts = {"#0072b2": {"main": results["average"]}, "#999999": results["baselines"]}
+            parts["#e69f00"] = results["controls"]
+        for colour, columns in parts.items():
+            for name, value in columns.items():
+                values.setdefault(name, []).append(value)
+                colours[name] = colour
+    names = list(values)[::-1]
+    deviations = {name: spread(values[name]) or 0.0 for name in names}
+    if len(runs) == 1:
+        deviations["main"] = results["std"] or 0.0
+    figure = Figure(figsize=(7, 0.6 + 0.36 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    heads = [MAIN[results["args"]["method"]].title if name == "main" else TITLES[name] for name in names]
+    heads = [head.format(**results["args"]) for head in heads]
+    means = [statistics.fmean(values[name]) for name in names]
+    axes.barh(heads, means, xerr=[deviations[name] for name in names], color=[colours[name] for name in names])
+    for y, mean in enumerate(means):
+        axes.text(1, y, f"{mean:.1f}", va="center", color="white", fontweight="bold")
+    axes.set(xlabel={"accuracy": "accuracy on held-out tasks, %"}.get(results["metric"], results["metric"]))
+    axes.spines[["top", "right"]].set_visible(False)
+    write_picture(figure, path)
+
+
 def draw_mask(
     path: Path, examples: Sequence[str] = ("fox: kilo", "owl: east"), query: str = "fox:", gists: int = 3
 ) -> None:
@@ -250,8 +286,8 @@ def write_picture(figure, path: Path) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=["table", "plot"])
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs (table), or runs (plot)")
+    parser.add_argument("what", choices=["table", "plot", "bars"])
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs (table), or runs")
     parser.add_argument(
         "--out", metavar="FILE", default="runs/curves.png", help="where to draw (runs/curves.png)"
     )
@@ -265,6 +301,8 @@ def main() -> None:
     folders = [Path(folder) for folder in asked.folders]
     if asked.what == "table":
         print(compare(folders))
+    elif asked.what == "bars":
+        bars(folders, picture(Path(asked.out)))
     else:
         plot(folders, picture(Path(asked.out)), asked.by)
 

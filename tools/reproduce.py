@@ -23,7 +23,7 @@ from pathlib import Path
 from llama import InputError, read_config
 from run import PROJECT, Parser, number, run_command
 from tools.cost import at_use
-from tools.report import compare, draw_mask, plot, read_results
+from tools.report import bars, compare, draw_mask, plot, read_results
 
 ALL, SEEDS = Path("runs/reproduce"), (0, 1, 2)
 BASE, C = "--model tiny/llama", "--model tiny/llama-c"  # before and after compression hyperpretraining
@@ -242,6 +242,7 @@ def draw(figures: Path) -> None:
         if chosen:
             plot(chosen, figures / f"{name}.png", by)
     if c:
+        bars(c, figures / "first-screen.png")
         subprocess.run(
             [sys.executable, "-m", "tools.probe", c[0], "--sets", "3", "--out", figures / "probe.png"],
             check=True,
