@@ -471,4 +471,7 @@ def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apar
     plot(runs, tmp_path / "c.png")
     below = {line.get_label(): line.get_ydata() for line in figures[1].axes[1].lines}
     assert {label: list(ys) for label, ys in below.items()} == {"label": [2.0], "EOS after it": [5.0]}
-    assert "not the results" in run("bars", tmp_path, "--out", tmp_path / "b.png", program="report", status=2).stderr
+    assert (
+        "results.json"
+        in run("bars", tmp_path, "--out", tmp_path / "b.png", program="report", status=2).stderr
+    )

@@ -215,7 +215,9 @@ def bars(runs: list[Path], path: Path) -> None:
     heads = [MAIN[results["args"]["method"]].title if name == "main" else TITLES[name] for name in names]
     heads = [head.format(**results["args"]) for head in heads]
     means = [statistics.fmean(values[name]) for name in names]
-    axes.barh(heads, means, xerr=[deviations[name] for name in names], color=[colours[name] for name in names])
+    axes.barh(
+        heads, means, xerr=[deviations[name] for name in names], color=[colours[name] for name in names]
+    )
     for y, mean in enumerate(means):
         axes.text(1, y, f"{mean:.1f}", va="center", color="white", fontweight="bold")
     axes.set(xlabel={"accuracy": "accuracy on held-out tasks, %"}.get(results["metric"], results["metric"]))
