@@ -106,10 +106,10 @@ reparametrisation 77.3, hyper 67.3, shared 59.0, random 57.7.""",
 examples" are fine-tuned language models that see these in context. The paper gives an order and no numbers.""",
     "symbol": """Accuracy, the mean over the held-out sets, 20 queries each, four examples per class; each run is the mean of ten draws of
 symbols, formats and examples. The paper gives an order and no numbers.""",
-    "text": """Loss per token on segment C after B, on held-out text, with the gists of A and D: the run that made `tiny/llama-c`, one
-seed. Share kept is against the model before training, and exceeds 100 % because training also taught the model this kind of text: the trained
-model's own losses stand beside. The picture shows P3's held-out tasks
-along the way, answered after the gists of 16 examples: no step is taken on any task.""",
+    "text": """Loss per token on segment C after B, on held-out text, with the gists of A and D, which have 384 tokens: the run that made
+`tiny/llama-c`, one seed. "Before" is the base, which was trained on rows of at most 320 tokens, and so predicts worse with A and D in full.
+Share kept is (without - gists) / (without - in full), all after training. The picture shows P3's held-out tasks along the way, answered
+after the gists of 16 examples: no step is taken on any task.""",
     "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the divergence from the base's
 answer with all examples in context; reconstruct: 0.5 × the loss of saying the examples again after the gists; both: these two; gists
 every 4: four gists after every four examples, rather than all at the end; gists spread: their positions lie evenly over the examples;
