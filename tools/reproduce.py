@@ -107,7 +107,7 @@ examples" are fine-tuned language models that see these in context. The paper gi
     "symbol": """Accuracy, the mean over the held-out sets, 20 queries each, four examples per class; each run is the mean of ten draws of
 symbols, formats and examples. The paper gives an order and no numbers.""",
     "text": """Loss per token on segment C after B, on held-out text, with the gists of A and D, which have 384 tokens: the run that made
-`tiny/llama-c`, one seed. "Before" is the base, which was trained on rows of at most 320 tokens, and so predicts worse with A and D in full.
+`tiny/llama-c`, one seed. "Before" is the base, which was trained on rows of at most 320 tokens.
 Share kept is (without - gists) / (without - in full), all after training. The picture shows P3's held-out tasks along the way, answered
 after the gists of 16 examples: no step is taken on any task.""",
     "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the divergence from the base's
