@@ -79,14 +79,19 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
 ORDERS = {  # what the paper finds: the first row above the second
     "p3": [
         ("C", "HyperLlama"), ("D", "HyperLlama"), ("CD", "HyperLlama"), ("HyperLlama", "fine-tuned 0-shot"),
-        ("fine-tuned 16-shot", "C"), ("fine-tuned 16-shot", "fine-tuned 0-shot"),
+        ("C", "fine-tuned 0-shot"), ("fine-tuned 16-shot", "C"), ("C fine-tuned 16-shot", "C"),
+        ("fine-tuned 16-shot", "fine-tuned 0-shot"),
     ],
     "prefix": [("hyper", "shared"), ("hyper", "random"), ("shared", "random"), ("reparam", "hyper")],
     "sni": [
         ("HyperLlama", "definition"), ("definition and examples", "HyperLlama"), ("I", "HyperLlama"),
-        ("CDI", "HyperLlama"), ("definition and examples", "CDI"),
+        ("CDI", "HyperLlama"), ("C", "definition"), ("CDI", "C"), ("definition and examples", "C"),
+        ("C definition and examples", "C"),
     ],
-    "symbol": [("HyperLlama", "0-shot"), ("few-shot", "HyperLlama"), ("symbol-tuned few-shot", "few-shot")],
+    "symbol": [
+        ("HyperLlama", "0-shot"), ("few-shot", "HyperLlama"), ("C", "0-shot"), ("few-shot", "C"),
+        ("C symbol-tuned few-shot", "C"), ("symbol-tuned few-shot", "few-shot"),
+    ],
 }  # fmt: skip
 TITLES = {
     "p3": "P3",
