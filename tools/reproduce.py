@@ -101,8 +101,9 @@ TITLES = {
 }
 TITLES = {"text": "Compression hyperpretraining on text", **TITLES, "helps": "What helps"}
 WORDS = {
-    "p3": """Accuracy, the mean over the held-out prompts, sixteen examples, five draws of them. The paper's numbers (7B): fine-tuned 0-shot 55.4, HyperLlama 55.8, C 56.8, D 57.2, CD 57.2, fine-tuned
-16-shot 61.2.""",
+    "p3": """Accuracy, the mean over the held-out prompts, sixteen examples, five draws of them. Fine-tuned rows are language models that
+were trained with the examples in context, or without, from the base or from C. The paper's numbers (7B): fine-tuned 0-shot 55.4,
+HyperLlama 55.8, C 56.8, D 57.2, CD 57.2, fine-tuned 16-shot 61.2.""",
     "prefix": """Accuracy on the held-out prompts of P3 after training a prefix of sixteen for each on its training rows, by what the prefix
 starts from; "hyper" starts from the gists that the run C above makes of sixteen examples; "text", "anchors" and "pooled" from keys and
 values of the same examples: of their first tokens, of their labels, and the mean of all (with a little noise). The paper's (7B): random with
@@ -125,9 +126,9 @@ starts from the column "label anchors". The teacher of "C distill" is C itself w
 
 
 PICTURES = {
-    "text": ("held-out tasks of P3 during hyperpretraining on text", "hyperpretraining"),
-    "p3": ("held-out tasks of P3 during training, from C", "training"),
-    "prefix": ("accuracy during prefix tuning", "prefix-tuning"),
+    "text": {"hyperpretraining": "held-out tasks of P3 during hyperpretraining on text"},
+    "p3": {"first-screen": "the row C as bars", "training": "held-out tasks of P3 during training, from C"},
+    "prefix": {"prefix-tuning": "accuracy during prefix tuning"},
 }
 
 
@@ -225,8 +226,8 @@ def write_results(path: Path) -> None:
             ]
             text += ["", f"Fewer than three seeds: {', '.join(short)}."] if short else []
             text += ["", *costs(rows)] if table == "helps" else []
-        if table in PICTURES and rows:
-            text += ["", "![{}](figures/{}.png)".format(*PICTURES[table])]
+        for name, caption in PICTURES.get(table, {}).items() if rows else ():
+            text += ["", f"![{caption}](figures/{name}.png)"]
     path.write_text("\n".join(text) + "\n")
     print(f"written: {path}")
 
