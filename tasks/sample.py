@@ -51,7 +51,7 @@ class Table:
             open(path, newline="", encoding="utf-8") as file,
         ):
             rows = [(row["text"].strip(), row["label"].strip()) for row in csv.DictReader(file)]
-        choices = tuple(sorted({label for _, label in rows}))
+            choices = tuple(sorted({label for _, label in rows}))  # (in here, a mistake of rows names the file)
         if len(choices) < 2 or not all(choices):
             raise InputError(f"{path}: needs two labels or more, and one in each row")
         return cls(path.stem, [Example(text, label, choices) for text, label in rows])

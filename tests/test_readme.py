@@ -1,6 +1,7 @@
 """The pages as programs: how tests/readme.py reads, runs and compares; numbers in their prose."""
 
 import re
+import subprocess
 
 import pytest
 import readme
@@ -190,3 +191,11 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
             titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
             anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
             assert heading in anchors, f"{target}#{heading}"
+
+
+def test_nothing_that_git_is_to_ignore_is_kept_in_it():
+    """What commands of a page leave behind (my.safetensors, …) would stop the same commands in a fresh clone."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""

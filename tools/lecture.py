@@ -255,7 +255,8 @@ def show_roles(lesson: Lesson) -> None:
 The joint pass reads examples, gists and query as one row under this mask, with LoRA on
 up to the last gist and off after it. Two passes have to compute the same logits, with
 LoRA on in the first and off in the second. In the other lines LoRA is left off in the
-first pass, or left on in the second.
+first pass, or left on in the second. It is off there by design, not because it scores
+best: the model that answers stays the plain Llama that everybody has.
 """)
     lines = [["first pass", "second pass", "difference", "right", "loss"]]
     for roles, (difference, score) in compare_roles(lesson).items():
@@ -285,7 +286,8 @@ Attention scores depend on the distance between two tokens, and the gists' keys 
 rotated for positions 0 … {G - 1}. Here the queries begin too early (-) or too late (+). A
 query that ignores the offset begins at position 0, which is {-G:+}. "Distance" is the one
 from the last gist to the query's last token, on average. Where it is negative, gists
-stand after the token that looks back at them, as they never do in training.
+stand after the token that looks back at them, as they never do in training. A small
+mistake may hardly show in a score: what it breaks is that two passes equal the joint one.
 """)
     most = max(score.loss for score in scores.values())
     for name, values, top, height in (
