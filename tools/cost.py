@@ -53,6 +53,8 @@ def flops(c: Config, tokens: int, past: int = 0, logits: int = 0, rank: int = 0,
 def at_use(c: Config, args: dict, query: int, size: int, rank: int = 0) -> tuple[int, int]:
     """Bytes of a run's prefix, in numbers of so many bytes, and operations of a query of so many tokens after it."""
     G = args["gists"] * max(args.get(way) or 1 for way in ("concat", "chain"))
+    if args.get("anchors"):  # BOS and a position of each example
+        G = 1 + args["shots"]
     if args.get("emit") == "lora":  # half of the gists are a rank of q_proj, half of v_proj
         numbers = c.layers * (G // 2) * (2 * c.width + (c.heads + c.kv_heads) * c.head_size)
         return size * numbers, flops(c, query, 0, 1, rank) + 2 * numbers * query

@@ -225,6 +225,8 @@ def write_results(path: Path) -> None:
                 *verdicts(table),
             ]
             text += ["", f"Fewer than three seeds: {', '.join(short)}."] if short else []
+            missing = [row for row in ROWS.get(table, ()) if not values(table, row)]
+            text += ["", f"Not run with this `tiny/llama-c`: {', '.join(missing)}."] if missing else []
             text += ["", *costs(rows)] if table == "helps" else []
         for name, caption in PICTURES.get(table, {}).items() if rows else ():
             text += ["", f"![{caption}](figures/{name}.png)"]
