@@ -146,19 +146,17 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     or, `by` an option of theirs (gists, shots), their results.
 
     Runs that differ only in their seed make one curve: the mean, and a band of one standard deviation.
-    Baselines and controls are dashed. Below, the training loss of the label's tokens and of EOS.
+    Baselines and controls are dashed. Below a single curve, the training loss of labels and of EOS.
     """
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     points, kind, args = curves(runs, by)
-    below = (
-        [] if by else [line for run in runs for line in read_log(run / "log.jsonl") if "label_loss" in line]
-    )
-    figure = Figure(figsize=(7, 6.0 if below else 4.2), layout="constrained")
-    axes, *under = figure.subplots(1 + bool(below), squeeze=False, height_ratios=[7, 3][: 1 + bool(below)])[
-        :, 0
-    ]
     alone = len({name for name, _ in points}) == 1
+    lines = [line for run in runs for line in read_log(run / "log.jsonl")] if alone and not by else []
+    below = [line for line in lines if "label_loss" in line]
+    parts = 1 + bool(below)
+    figure = Figure(figsize=(7, 6.0 if below else 4.2), layout="constrained")
+    axes, *under = figure.subplots(parts, squeeze=False, height_ratios=[7, 3][:parts])[:, 0]
     heads = TITLES | ({"fewshot": "examples in context"} if by else {})  # as many as there were shots
     for (name, column), curve in points.items():
         xs = sorted(curve)
