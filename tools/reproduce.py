@@ -200,8 +200,8 @@ def write_results(path: Path) -> None:
             "0-shot, few-shot and label anchors are the untouched model of that row, with nothing, with all examples in context, and with the keys",
             "and values of BOS and of the examples' last tokens; \"base, …\" is that model before hyperpretraining. Controls: the answering model",
             "without a prefix, with the gists of another task, with the keys and values of the examples mean-pooled to as many as there are gists,",
-            "and with whole examples in as many raw tokens (at least one). Seconds are those of training and evaluation, one thread a run, with two",
-            "runs at a time on two cores."]  # fmt: skip
+            "and with whole examples in as many raw tokens (at least one). Seconds are those of training and evaluation, one thread a run; other work",
+            "shared the cores, so some are too many."]  # fmt: skip
     for table, title in TITLES.items():
         rows = [ALL / table / row.replace(" ", "_") for row in ROWS.get(table, ()) if values(table, row)]
         if table == "text":
