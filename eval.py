@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import tasks
 from data import Episode, Formatter, Task, report
-from gist import Context, Gists, HyperLlama, Rows, label_anchors, mean_pooled, read_rows
+from gist import Context, Gists, Rows, label_anchors, mean_pooled, read_kept, read_rows
 from llama import InputError, Llama, causal_mask_after, generate, int_tensor, ragged
 
 # fmt: off
@@ -182,8 +182,7 @@ def anchor_context(run: Run, episode: Episode, t: int) -> list[Context]:
 
 def keep(run: Run, contexts: Sequence[list[Context]], adapter: str | None) -> Gists:
     """Keys and values at some of the examples' tokens. Nothing is trained."""
-    rows = Rows.of([row for (row,) in contexts], run.device)
-    return HyperLlama(run.hyper.model, run.hyper.gists, None).compress(rows)
+    return read_kept(run.hyper.model, [row for (row,) in contexts])
 
 
 def fewer_context(run: Run, episode: Episode, t: int) -> list[int]:
@@ -237,8 +236,10 @@ BASELINES = {  # the model before any step of the run; "base_…": before hyperp
     "fewshot": Column("{shots}-shot", shots_context, read, trained=False, instruct="no", bos=False),
     "label_anchors": Column("label anchors", anchor_context, keep, trained=False),
 }
-for name, title in (("fewshot", "base, {shots}-shot"), ("label_anchors", "base, label anchors")):
-    BASELINES[f"base_{name}"] = replace(BASELINES[name], title=title, base=True)
+BASELINES |= {
+    "base_fewshot": replace(BASELINES["fewshot"], title="base, {shots}-shot", base=True),
+    "base_label_anchors": replace(BASELINES["label_anchors"], title="base, label anchors", base=True),
+}
 CONTROLS = {  # of a hypernetwork
     "no_prefix": Column("no prefix"),
     "other_task": Column("other task", gist_context, compress, other=True),

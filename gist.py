@@ -91,6 +91,11 @@ class Rows:
         equal = bool((counts == counts[0]).all())
         return cls(tokens, positions, kept, None if equal else positions_of(kept) < counts[:, None])
 
+    @property
+    def offset(self) -> Tensor:
+        """[B], the position after the last one that is kept."""
+        return self.positions.gather(1, self.kept).amax(1) + 1
+
     def to(self, device: torch.device | str) -> "Rows":
         move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
         return Rows(*map(move, vars(self).values()))
@@ -215,8 +220,7 @@ class HyperLlama(nn.Module):
         """
         x = self.embed(rows.tokens)
         kept = self.model.keys_values(x, rows.kept, rows.positions, self.hyper_adapter, past, mask)
-        last = rows.positions.gather(1, rows.kept).amax(1)  # where the last gist stands
-        return Gists(kept, last + 1, rows.past_mask)
+        return Gists(kept, rows.offset, rows.past_mask)
 
     def predict(self, batch, gists: Gists | None) -> Tensor:
         """The second pass: read each query after its gists. Logits at the targets [M, V]."""
@@ -291,6 +295,13 @@ def read_rows(model: Llama, rows: Sequence[Sequence[int]], adapter: str | None =
     lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
     past = model.keys_values(tokens, adapter=adapter)
     return Gists(past, lengths, positions_of(tokens) < lengths[:, None] if len(rows) > 1 else None)
+
+
+@torch.no_grad()
+def read_kept(model: Llama, contexts: Sequence[Context]) -> Gists:
+    """The keys and values of the tokens to keep of some rows without gists; no LoRA set acts."""
+    rows = Rows.of(contexts, model.embed_tokens.weight.device)
+    return Gists(model.keys_values(rows.tokens, rows.kept, rows.positions), rows.offset, rows.past_mask)
 
 
 def mean_pooled(prefix: Gists, count: int, config: Config) -> Gists:

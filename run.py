@@ -445,12 +445,14 @@ class Run:
         """Where the instruction stands in a query that follows gists (Formatter.query): the paper's I or not."""
         return "inside" if self.args.instruction_downstream else "no"
 
-    @property
+    @cached_property
     def base_folder(self) -> str | None:
         """Where the model came from, if hyperpretraining made it and that model is still there."""
         folder = Path(self.args.model)
-        before = read_args(folder)["model"] if (folder / "args.json").exists() else ""
-        return before if Path(before).is_dir() and before else None
+        if not (folder / "args.json").exists():
+            return None
+        before = read_args(folder)["model"]
+        return before if Path(before).is_dir() else None
 
     @cached_property
     def base(self) -> "Run":

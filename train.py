@@ -152,13 +152,13 @@ def train(
         apart = torch.zeros(2, 2, device=device)
         for batch in micro_batches:
             logits, gists = hyper(batch)
-            parts = [
+            share = sum(
                 term.weight * term.loss(hyper, batch, gists, logits) / count
                 for term, count in zip(terms, counts)
-            ]
+            )
             # FSDP takes the mean of the processes' gradients; it is to be their sum.
-            (sum(parts) * world if sharded else sum(parts)).backward()
-            loss += sum(parts).detach()
+            (share * world if sharded else share).backward()
+            loss += share.detach()
             apart += label_and_end(batch, logits, run.formatter.tokenizer.eos)
         if not sharded:
             for parameter in parameters:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch, Episode, Formatter, Sample, collate
-from gist import Compression, Context, Gists, HyperLlama, Rows, label_anchors, mean_pooled, read_rows
+from gist import Compression, Context, Gists, Rows, label_anchors, mean_pooled, read_kept, read_rows
 from llama import KV, InputError, Llama, positions_of, rotary_angles
 from run import Options, Run, all_options, load_adapters, load_base, option, read_args
 from run import restore as restore_hyper
@@ -261,9 +261,7 @@ def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> N
         contexts = [Context(c.tokens, [p - 1 for p in c.positions], c.kept[1:]) for c in contexts]
         if {len(context.kept) for context in contexts} != {args.gists}:
             raise InputError(f"--init anchors needs as many examples as --gists {args.gists} (--shots)")
-        with torch.no_grad():
-            base = HyperLlama(hyper.model, torch.zeros(1, hyper.model.config.width, device=run.device), None)
-            hyper.start_from(base.compress(Rows.of(contexts, run.device)))
+        hyper.start_from(read_kept(hyper.model, contexts))
     elif args.init == "pooled":
         rows = [run.formatter.context_tokens(episode) for episode in shots]
         if min(map(len, rows)) < args.gists:

@@ -122,11 +122,11 @@ def topics(rng: random.Random, words: list[str], all_symbols: bool) -> Iterator[
         seen.add(at)
 
 
-def rows_of(rng: random.Random, kind: int, words: list[str]) -> Iterator[Row | None]:
+def rows_of(rng: random.Random, kind: int, words: list[str], all_symbols: bool) -> Iterator[Row | None]:
     if kind == DEFINITION:
         return definitions(rng)
     if kind == TOPIC:
-        return topics(rng, words, all_symbols=True)
+        return topics(rng, words, all_symbols)
     return lookup(rng, kind)
 
 
@@ -154,7 +154,7 @@ def document(rng: random.Random, tokenizer: Tokenizer, kind: int, length: int) -
         tokens = [tokenizer.bos, *tokenizer.encode(text)][:length]
         return tokens, [False] * len(tokens)
     if kind != REPEAT:
-        return as_document(tokenizer, rows_of(rng, kind, whole_words(tokenizer)), length)
+        return as_document(tokenizer, rows_of(rng, kind, whole_words(tokenizer), True), length)
     period = rng.randint(8, 32)
     string = [t for _ in range(period) for t in tokenizer.encode(rng.choice(("", " ")) + rng.choice(WORDS))]
     return ([tokenizer.bos] + string * length)[:length], [t > len(string) for t in range(length)]
@@ -438,7 +438,7 @@ def text(rng: random.Random, kind: int) -> str:
         return texts.text(rng, TEXTS[STORIES][1], 600, 2400)
     if kind == DEFINITION:
         return "".join(prompt + answer for prompt, answer, _ in definition_rows(rng, rng.randint(0, 4), 1))
-    rows = topics(rng, WORDS, all_symbols=False) if kind == TOPIC else lookup(rng, kind)
+    rows = rows_of(rng, kind, WORDS, all_symbols=False)
     letters = rng.randint(600, 2400)
     lines = ""
     for prompt, answer, _ in rows:

@@ -382,12 +382,12 @@ def draw_positions(lesson: Lesson, figure) -> None:
 
 def draw_offsets(lesson: Lesson, figure) -> None:
     scores = compare_offsets(lesson)
-    others = compare_prefixes(lesson)
+    without = score(lesson, None)
     upper, lower = figure.subplots(2, 1, sharex=True)
     length = fmean(map(len, lesson.prompts))
     for axes, field in ((upper, "accuracy"), (lower, "loss")):
         axes.plot(list(scores), [getattr(score, field) for score in scores.values()], "o-", color="#08519c")
-        axes.axhline(getattr(others["no gists"], field), color="#d95f02", linestyle="--", label="no gists")
+        axes.axhline(getattr(without, field), color="#d95f02", linestyle="--", label="no gists")
         axes.axvspan(min(scores) - 2, -length, color=GREY, alpha=0.4, linewidth=0)
         axes.set(
             ylabel={"accuracy": "right, %", "loss": "loss"}[field], xlim=(min(scores) - 2, max(scores) + 2)
