@@ -234,11 +234,13 @@ class Term(NamedTuple):
 
     count  batch -> the number of its tokens; the whole step divides by the same sum of them
     loss   (hyper, batch, gists, logits) -> the sum over the batch's tokens
+    name   the log has its mean as `name`_loss; without a name, only the sum of all terms
     """
 
     weight: float
     count: Callable
     loss: Callable
+    name: str = ""
 
 
 NO_LOSS = -100  # a label that isn't predicted

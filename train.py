@@ -127,6 +127,7 @@ def train(
     sharded = isinstance(parameters[0], DTensor)
     optimizers = make_optimizers(hyper, args)
     terms = loss_terms(run)
+    weights = torch.tensor([term.weight for term in terms], device=device)
     step = load_state(out, hyper, optimizers, args.steps)
     log = open_log(out, step)
     every = max(1, args.steps // args.measure) if args.measure and held_out else 0
@@ -145,21 +146,17 @@ def train(
 
         # Each term is a sum over tokens, divided by their number in the whole step, over all its batches and
         # processes: a mean of means would give tokens of short batches more weight.
-        counts = [sum(term.count(batch) for batch in micro_batches) for term in terms]
-        tokens = sum(batch.read for batch in micro_batches)
-        *counts, tokens = all_sum(torch.tensor([*counts, tokens], device=device))
-        loss = torch.zeros((), device=device)
-        apart = torch.zeros(2, 2, device=device)
+        counts = torch.tensor([[b.read, *(term.count(b) for term in terms)] for b in micro_batches])
+        read, *counts = all_sum(counts.sum(0).to(device))
+        counts = torch.stack(counts).clamp(min=1)  # (a term may have no tokens at all)
+        sums = torch.zeros(len(terms), device=device)
         for batch in micro_batches:
             logits, gists = hyper(batch)
-            share = sum(
-                term.weight * term.loss(hyper, batch, gists, logits) / count
-                for term, count in zip(terms, counts)
-            )
+            parts = torch.stack([term.loss(hyper, batch, gists, logits) for term in terms])
+            loss = (weights * parts / counts).sum()
             # FSDP takes the mean of the processes' gradients; it is to be their sum.
-            (share * world if sharded else share).backward()
-            loss += share.detach()
-            apart += label_and_end(batch, logits, run.formatter.tokenizer.eos)
+            (loss * world if sharded else loss).backward()
+            sums += parts.detach()
         if not sharded:
             for parameter in parameters:
                 all_sum(parameter.grad)
@@ -171,19 +168,19 @@ def train(
         # The step is queued on the device: the next batch is drawn while it works, before a number is read.
         step += 1
         micro_batches = get_batches(batches, args, step, device)
-        loss = all_sum(loss).item()
-        norm = full_tensor(norm).item()
-        (label, labels), (end, ends) = all_sum(apart).tolist()
+        means = all_sum(sums) / counts
+        line = {
+            "step": step,
+            "loss": (weights * means).sum().item(),
+            "norm": full_tensor(norm).item(),
+            "lr": lr,
+        }
+        line |= {f"{term.name}_loss": mean for term, mean in zip(terms, means.tolist()) if term.name and mean}
+        check_finite(out, args, step, line["loss"] + line["norm"])
         seconds = max(1e-6, time.monotonic() - began)
-        check_finite(out, args, step, loss + norm)
-        speed = round(tokens.item() / seconds)
-        line = {"step": step, "loss": loss, "norm": norm, "tokens_per_second": speed, "lr": lr}
-        shown = f"loss {loss:.3f}"
-        if labels and ends:
-            line |= {"label_loss": label / labels, "end_loss": end / ends}
-            shown += f" (label {label / labels:.2f}, end {end / ends:.2f})"
-        log(line | {"seconds": round(seconds, 4)})
-        bar.set_postfix_str(f"{shown}, {speed:,} tokens/s", refresh=False)
+        line |= {"tokens_per_second": round(read.item() / seconds), "seconds": round(seconds, 4)}
+        log(line)
+        bar.set_postfix_str(in_short(line), refresh=False)
         bar.update()
         if step % args.save_every == 0 or step == args.steps:
             save_state(out, hyper, optimizers, step)
@@ -213,11 +210,17 @@ def get_batches(batches: Callable, args: Options, step: int, device: torch.devic
 
 
 def loss_terms(run: Run) -> list[Term]:
-    """The cross entropy of the targets; and what chapters of further/ make of it."""
+    """The cross entropy of the targets, and what chapters of further/ make of it.
+
+    At first nearly all of it is that of EOS: a text seldom ends after its first label. So the log has both apart.
+    """
+    eos = run.formatter.tokenizer.eos
     terms = [Term(1.0, lambda batch: len(batch.targets), cross_entropy)]
     for chapter in plugins("further").values():
         if chapter.terms:
             terms = chapter.terms(run, terms)
+    for name, is_end in (("label", False), ("end", True)):
+        terms.append(part_of_targets(name, lambda targets, is_end=is_end: (targets == eos) == is_end))
     return terms
 
 
@@ -225,15 +228,22 @@ def cross_entropy(hyper: nn.Module, batch: Batch, gists, logits: Tensor) -> Tens
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
-@torch.no_grad()
-def label_and_end(batch: Batch, logits: Tensor, eos: int) -> Tensor:
-    """The loss of the labels' tokens and of the EOS after them, each as (sum, number) [2, 2]: for the log.
+def part_of_targets(name: str, chosen: Callable) -> Term:
+    """The cross entropy of some targets, for the log alone. chosen: targets [M] -> [M] bool"""
 
-    At first nearly all of the loss is that of EOS: a text seldom ends after its first label.
-    """
-    losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
-    ends = (batch.targets == eos).float()
-    return torch.stack([torch.stack(((losses * part).sum(), part.sum())) for part in (1 - ends, ends)])
+    @torch.no_grad()
+    def loss(hyper: nn.Module, batch: Batch, gists, logits: Tensor) -> Tensor:
+        some = chosen(batch.targets)
+        return F.cross_entropy(logits[some].float(), batch.targets[some], reduction="sum")
+
+    return Term(0.0, lambda batch: int(chosen(batch.targets).sum()), loss, name)
+
+
+def in_short(line: dict) -> str:
+    """A line of the log for the bar."""
+    parts = [f"{name} {line[f'{name}_loss']:.2f}" for name in ("label", "end") if f"{name}_loss" in line]
+    apart = f" ({', '.join(parts)})" if len(parts) == 2 else ""
+    return f"loss {line['loss']:.3f}{apart}, {line['tokens_per_second']:,} tokens/s"
 
 
 def schedule(step: int, steps: int) -> float:

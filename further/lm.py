@@ -30,7 +30,7 @@ def terms(run, terms: list[Term]) -> list[Term]:
         logits, _ = hyper(text)
         return cross_entropy(logits.float(), text.targets, reduction="sum")
 
-    return [*terms, Term(run.args.lm, lambda batch: len(whole_text(batch).targets), loss)]
+    return [*terms, Term(run.args.lm, lambda batch: len(whole_text(batch).targets), loss, "lm")]
 
 
 def whole_text(batch: Batch) -> Batch:

@@ -37,7 +37,7 @@ def terms(run, terms: list[Term]) -> list[Term]:
     def count(batch: Batch) -> int:
         return len(reconstruction(batch, V, marker).targets)
 
-    return [*terms, Term(run.args.reconstruct, count, loss)]
+    return [*terms, Term(run.args.reconstruct, count, loss, "reconstruct")]
 
 
 def reconstruction(batch: Batch, V: int, marker: int) -> Batch:

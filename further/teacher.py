@@ -46,7 +46,7 @@ def terms(run, terms: list[Term]) -> list[Term]:
         main, *others = terms
         terms = [main._replace(loss=weighted), *others]
     if args.distill:
-        terms = [*terms, Term(args.distill, lambda batch: len(batch.targets), divergence)]
+        terms = [*terms, Term(args.distill, lambda batch: len(batch.targets), divergence, "distill")]
     return terms
 
 

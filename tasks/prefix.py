@@ -7,7 +7,7 @@ ones, those at the labels, or all of them averaged.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -229,54 +229,73 @@ class PrefixBatches:
         raise InputError(f"no target fits into {self.formatter.query_length} tokens (--query-length)")
 
 
-def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> None:
-    """What the prefixes start from, by --init. "shared" is tuned before; some are made of examples.
+# ------------------------------------------------------------------------------ what a prefix starts from
 
-    train(run, batches, folder): the loop of train.py, in a folder of its own.
+
+@torch.no_grad()
+def gists_of_run(run: Run, shots: list[Episode]) -> Gists:
+    """What the hypernetwork of --run makes of the examples."""
+    folder = Path(run.args.run)
+    before = all_options()(**read_args(folder) | {"device": run.args.device, "dtype": run.args.dtype})
+    hyper = restore_hyper(before, folder)
+    contexts = [hyper.compression.contexts(run.formatter, episode, hyper.gist_ids) for episode in shots]
+    return hyper.compression.prefix(hyper, [Rows.of(piece, run.device) for piece in zip(*contexts)])
+
+
+def first_tokens(run: Run, shots: list[Episode]) -> Gists:
+    rows = [run.formatter.context_tokens(episode)[1 : run.args.gists + 1] for episode in shots]
+    return read_rows(run.hyper.model, rows)
+
+
+def anchors(run: Run, shots: list[Episode]) -> Gists:
+    contexts = [label_anchors(run.formatter, episode) for episode in shots]
+    # (without BOS, and a position earlier, so that a prefix begins at 0 like all others)
+    contexts = [Context(c.tokens, [p - 1 for p in c.positions], c.kept[1:]) for c in contexts]
+    return read_kept(run.hyper.model, contexts)
+
+
+def pooled(run: Run, shots: list[Episode]) -> Gists:
+    model = run.hyper.model
+    rows = [run.formatter.context_tokens(episode) for episode in shots]
+    return mean_pooled(read_rows(model, rows), run.args.gists, model.config)
+
+
+MADE_OF_EXAMPLES = {"hyper": gists_of_run, "text": first_tokens, "anchors": anchors, "pooled": pooled}
+
+
+def tuned_on_training_tasks(run: Run, folder: Path, train: Callable) -> Gists:
+    """One prefix for all training tasks, an MLP's, tuned in a folder of its own: its keys and values."""
+    generator = torch.Generator().manual_seed(run.args.seed)
+    shared = SoftPrefix(run.hyper.model, ["shared"], run.args.gists, "reparam", generator)
+    if not (folder / "adapters.safetensors").exists():
+        folder.mkdir(exist_ok=True)
+        tasks = load(run.args, run.formatter, "train")
+        train(replace(run, hyper=shared), PrefixBatches(tasks, run.formatter, shared=True), folder)
+    load_adapters(shared, folder)
+    with torch.no_grad():
+        every_task = torch.zeros(len(run.hyper.tasks), dtype=torch.long, device=run.device)
+        return shared.prefix()[every_task]
+
+
+def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> None:
+    """Give the prefixes what they start from, by --init.
+
+    train(run, batches, folder): the loop of train.py.
     """
     args = run.args
-    hyper = run.hyper
-    shots = [task.evaluation(args.seed, 0, args.shots, 1)[0] for task in tasks]
-    if args.init == "hyper":
-        folder = Path(args.run)
-        before = all_options()(**read_args(folder) | {"device": args.device, "dtype": args.dtype})
-        made_by = restore_hyper(before, folder)
-        contexts = [made_by.compression.contexts(run.formatter, e, made_by.gist_ids) for e in shots]
-        pieces = [Rows.of(piece, run.device) for piece in zip(*contexts)]
-        with torch.no_grad():
-            gists = made_by.compression.prefix(made_by, pieces)
-        if not isinstance(gists, Gists) or gists.past[0][0].shape[2] != args.gists:
-            raise InputError(
-                f"--run {folder}: its prefixes aren't the keys and values of {args.gists} positions"
-            )
-        hyper.start_from(gists)
-    elif args.init == "text":
-        rows = [run.formatter.context_tokens(episode)[1 : args.gists + 1] for episode in shots]
-        if min(map(len, rows)) < args.gists:
-            raise InputError(f"--gists {args.gists}: the examples have fewer tokens")
-        hyper.start_from(read_rows(hyper.model, rows))
-    elif args.init == "anchors":
-        contexts = [label_anchors(run.formatter, episode) for episode in shots]
-        # (without BOS, and a position earlier, so that a prefix begins at 0 like all others)
-        contexts = [Context(c.tokens, [p - 1 for p in c.positions], c.kept[1:]) for c in contexts]
-        if {len(context.kept) for context in contexts} != {args.gists}:
-            raise InputError(f"--init anchors needs as many examples as --gists {args.gists} (--shots)")
-        hyper.start_from(read_kept(hyper.model, contexts))
-    elif args.init == "pooled":
-        rows = [run.formatter.context_tokens(episode) for episode in shots]
-        if min(map(len, rows)) < args.gists:
-            raise InputError(f"--gists {args.gists}: the examples have fewer tokens")
-        hyper.start_from(mean_pooled(read_rows(hyper.model, rows), args.gists, hyper.model.config))
+    if args.init == "shared":
+        gists = tuned_on_training_tasks(run, out / "shared", train)
+    elif args.init in MADE_OF_EXAMPLES:
+        shots = [task.evaluation(args.seed, 0, args.shots, 1)[0] for task in tasks]
+        gists = MADE_OF_EXAMPLES[args.init](run, shots)
+    else:
+        return
+    fits = isinstance(gists, Gists) and gists.past[0][0].shape[2] == args.gists
+    if not fits or (gists.past_mask is not None and not gists.past_mask.all()):
+        raise InputError(
+            f"--init {args.init}: not the keys and values of --gists {args.gists} positions for each task"
+        )
+    run.hyper.start_from(gists)
+    if args.init == "pooled":
         generator = torch.Generator().manual_seed(args.seed)
-        hyper.table.data += NOISE * torch.randn(hyper.table.shape, generator=generator).to(run.device)
-    elif args.init == "shared":
-        generator = torch.Generator().manual_seed(args.seed)
-        shared = SoftPrefix(hyper.model, ["shared"], args.gists, "reparam", generator)
-        folder = out / "shared"
-        if not (folder / "adapters.safetensors").exists():
-            folder.mkdir(exist_ok=True)
-            batches = PrefixBatches(load(args, run.formatter, "train"), run.formatter, shared=True)
-            train(Run(args, shared, run.formatter), batches, folder)
-        load_adapters(shared, folder)
-        with torch.no_grad():  # folded: from here on, keys and values themselves are trained
-            hyper.start_from(shared.prefix()[torch.zeros(len(tasks), dtype=torch.long, device=run.device)])
+        run.hyper.table.data += NOISE * torch.randn(run.hyper.table.shape, generator=generator).to(run.device)

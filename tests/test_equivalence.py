@@ -294,13 +294,15 @@ def test_the_log_tells_the_loss_of_labels_from_that_of_their_ends():
     batches, episodes = recorded_batches(run)
     batch = batches(0, range(6, 8))
     logits, gists = run.hyper(batch)
-    (label, labels), (end, ends) = training.label_and_end(batch, logits, EOS).tolist()
-    assert ends == sum(len(episode.queries) for episode in episodes) and labels + ends == len(batch.targets)
+    main, *parts = training.loss_terms(run)
+    sums = {term.name: term.loss(run.hyper, batch, gists, logits).item() for term in parts}
+    counts = {term.name: term.count(batch) for term in parts}
     last = logits[batch.targets == EOS].log_softmax(-1)[:, EOS]
-    assert end == pytest.approx(-last.sum().item(), rel=1e-5)
-    assert label + end == pytest.approx(
-        training.cross_entropy(run.hyper, batch, gists, logits).item(), rel=1e-5
-    )
+    assert sums["end"] == pytest.approx(-last.sum().item(), rel=1e-5)
+    assert counts["end"] == len(last) == sum(len(episode.queries) for episode in episodes)
+    assert sum(counts.values()) == len(batch.targets)
+    assert sum(sums.values()) == pytest.approx(main.loss(run.hyper, batch, gists, logits).item(), rel=1e-5)
+    assert not any(term.weight for term in parts)
 
 
 @pytest.mark.parametrize("method", ["fewshot", "zeroshot"])
