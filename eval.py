@@ -659,7 +659,8 @@ def parse(argv: list[str] | None = None) -> tuple[Options, Path | None, Path]:
         "folder", nargs="?", metavar="RUN", help="folder of a finished run; without it, a plain Llama"
     )
     parser.add_argument("--out", metavar="DIR", help="folder for results.json (the run's, or runs/eval-…)")
-    add_options(parser)
+    add_options(parser, "eval", "place", "sets")
+    add_options(parser.add_argument_group("for a plain Llama (a RUN has its own)"), "model", "course")
     typed = vars(parser.parse_args(argv))
     folder = typed.pop("folder", None)
     out = typed.pop("out", None)

@@ -163,7 +163,7 @@ def rows_to_score(text: str) -> int:
     return 0 if text == "all" else number(int)(text)
 
 
-def add_options(parser: Parser, *roles: str) -> None:
+def add_options(parser: Parser | argparse._ArgumentGroup, *roles: str) -> None:
     """The options with these roles; all, where none is named."""
     for f in fields(all_options()):
         kind, choices, least, role = (f.metadata[key] for key in ("kind", "choices", "least", "role"))
