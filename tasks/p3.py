@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import Episode, Example, Formatter
 from llama import InputError
-from tasks.rows import READERS, as_text, existing, file_kind, read_lists
+from tasks.rows import READERS, as_text, draw_rows, existing, file_kind, read_lists
 
 FOLDER, MODEL = "P3", "llama-c"  # the miniature's data and checkpoint
 METRIC = "accuracy"
@@ -131,12 +131,8 @@ class Prompt:
         return min(len(self.train), MAX_WEIGHT)
 
     def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
-        if len(self.train) < shots + queries:
-            raise InputError(
-                f"{self.train.folder}: {len(self.train)} training rows are too few for "
-                f"{shots} shots and {queries} queries (--shots)"
-            )
-        picked = [self.train[i] for i in rng.sample(range(len(self.train)), shots + queries)]
+        numbers = draw_rows(rng, range(len(self.train)), shots + queries, self.train.folder)
+        picked = [self.train[i] for i in numbers]
         asked = {query.input for query in picked[:queries]}
         # Real tasks hold the same row several times: a shot may never be the query itself.
         return Episode(picked[:queries], [e for e in picked[queries:] if e.input not in asked])

@@ -5,6 +5,7 @@ All raise InputError, one line with the file and the row, where a file isn't wha
 
 import json
 import mmap
+import random
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -201,6 +202,13 @@ def existing(folder: str | Path) -> Path:
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such data folder")
     return Path(folder)
+
+
+def draw_rows(rng: random.Random, rows: Sequence, count: int, name: str | Path) -> list:
+    """So many different rows of the task `name`."""
+    if len(rows) < count:
+        raise InputError(f"{name}: has only {len(rows)} rows to draw from; {count} are needed for --shots and queries")
+    return rng.sample(rows, count)
 
 
 def as_text(value: object, where: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from data import Episode, Example
 from llama import InputError, reading
-from tasks.rows import existing
+from tasks.rows import draw_rows, existing
 
 FOLDER = "sample"
 MODEL = "llama-c"
@@ -24,14 +24,24 @@ DEFAULTS = {
 
 def load(args, formatter, split: str) -> list["Table"]:
     paths = sorted(existing(args.data).glob("*.csv"))
-    tables = [Table.read(path) for path in paths if path.name.startswith("test") == (split == "test")]
-    if not tables:
+    paths = [path for path in paths if path.name.startswith("test") == (split == "test")]
+    if not paths:
         raise InputError(f"{args.data}: no CSV files to {split} on (those called test….csv are held out)")
-    return tables
+    return [Table(path.stem, read(path)) for path in paths]
 
 
 def score(answer: str, query: Example) -> float:
     return 100.0 * (answer == query.target)
+
+
+def read(path) -> list[Example]:
+    """The rows of a file. Whatever is wrong in it names it."""
+    with reading(path, "not a CSV file with text and label"), open(path, newline="", encoding="utf-8") as file:
+        rows = [(row["text"].strip(), row["label"].strip()) for row in csv.DictReader(file)]
+    choices = tuple(sorted({label for _, label in rows}))
+    if len(choices) < 2 or not all(choices):
+        raise InputError(f"{path}: needs two labels or more, and one in each row")
+    return [Example(text, label, choices) for text, label in rows]
 
 
 @dataclass(frozen=True)
@@ -44,31 +54,11 @@ class Table:
     def group(self) -> str:
         return self.name
 
-    @classmethod
-    def read(cls, path) -> "Table":
-        with (
-            reading(path, "not a CSV file with text and label"),
-            open(path, newline="", encoding="utf-8") as file,
-        ):
-            rows = [(row["text"].strip(), row["label"].strip()) for row in csv.DictReader(file)]
-            choices = tuple(sorted({label for _, label in rows}))  # (in here, a mistake of rows names the file)
-        if len(choices) < 2 or not all(choices):
-            raise InputError(f"{path}: needs two labels or more, and one in each row")
-        return cls(path.stem, [Example(text, label, choices) for text, label in rows])
-
     def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
-        if len(self.rows) < shots + queries:
-            raise InputError(
-                f"{self.name}: {len(self.rows)} rows are too few for {shots} --shots and {queries} queries"
-            )
-        rows = rng.sample(self.rows, shots + queries)
+        rows = draw_rows(rng, self.rows, shots + queries, self.name)
         return Episode(rows[:queries], rows[queries:])
 
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
         """Every second row is a query; the examples are drawn from the others."""
-        if len(self.rows) < 2 * shots:
-            raise InputError(
-                f"{self.name}: {len(self.rows)} rows are too few for {shots} --shots beside the queries"
-            )
-        examples = random.Random(f"{seed} {self.name} {n}").sample(self.rows[1::2], shots)
+        examples = draw_rows(random.Random(f"{seed} {self.name} {n}"), self.rows[1::2], shots, self.name)
         return [Episode(self.rows[::2][: limit or None], examples)]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import Episode, Example, Formatter, Layout
 from llama import InputError, reading
-from tasks.rows import as_text, existing, read_lists
+from tasks.rows import as_text, draw_rows, existing, read_lists
 
 FOLDER, MODEL = "natural-instructions", "llama-c"  # the miniature's data and checkpoint
 METRIC = "rougeL"
@@ -94,9 +94,8 @@ class SNITask:
     weight: int = 1
 
     def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
-        if len(self.instances) < queries:
-            raise InputError(f"{self.name}: has only {len(self.instances)} instances; {queries} are needed")
-        picked = [replace(e, target=rng.choice(e.references)) for e in rng.sample(self.instances, queries)]
+        picked = draw_rows(rng, self.instances, queries, self.name)
+        picked = [replace(example, target=rng.choice(example.references)) for example in picked]
         return Episode(picked, self.examples[:shots], LAYOUT, self.definition)
 
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
