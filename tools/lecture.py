@@ -26,7 +26,7 @@ from eval import draw_held_out, encode_queries, gist_context, score_choices
 from gist import Gists, HyperLlama, Rows, gist_mask
 from llama import attend, int_tensor, ragged, rotary_angles, rotate
 from run import PROJECT, Parser, a_path, default_folder, open_run, read_args, resolve_args, run_command
-from tools.report import picture, write_picture
+from tools.report import WORDS, picture, write_picture
 
 QUERIES = 15  # of each held-out task
 SHIFTS = range(-32, 33, 4)  # how many positions too late a query begins
@@ -183,8 +183,6 @@ def attention_to_gists(lesson: Lesson) -> Tensor:
 
 # ------------------------------------------------------------------------------------ in the terminal
 
-# A short row: two examples, gists, a query (the same as in figures/mask.png).
-WORDS = ["BOS", "fox", ":", "kilo", "owl", ":", "east", "gist", "gist", "gist", "BOS", "fox", ":"]
 SHADES = {0.64: "█", 0.16: "▓", 0.04: "▒", 0.01: "░", 0.0: " "}  # from which share of attention on
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
