@@ -72,17 +72,18 @@ def compress_examples(run: Run, path: Path) -> Gists:
 def answer(run: Run, gists: Gists, text: str, choices: list[str]) -> str:
     """The answer to one input after a prefix: the best choice with its probability, or generated text."""
     episode = Episode([Example(text, "", tuple(choices))], [], run.task.LAYOUT)
-    counting = replace(run.formatter, left_out=Counter())
-    prompts, encoded = encode_queries(counting, episode)
-    if report(counting.left_out):
-        print(report(counting.left_out), file=sys.stderr)
+    left_out = Counter()
+    prompts, encoded = encode_queries(replace(run.formatter, left_out=left_out), episode)
+    if report(left_out):
+        print(report(left_out), file=sys.stderr)
     adapter = run.hyper.downstream_adapter
     if not choices:
         return write_answers(run, episode, prompts, gists, adapter)[0]
     (scores,) = score_choices(run.hyper.model, prompts, encoded, gists, adapter, run.args.score == "mean")
     shares = torch.tensor(scores).softmax(0).tolist()
-    best = max(range(len(choices)), key=scores.__getitem__)
-    return f"{choices[best]}  ({', '.join(f'{c} {100 * share:.0f} %' for c, share in zip(choices, shares))})"
+    best = choices[scores.index(max(scores))]
+    each = [f"{choice} {100 * share:.0f} %" for choice, share in zip(choices, shares)]
+    return f"{best}  ({', '.join(each)})"
 
 
 def check_save(path: Path, about: dict[str, str]) -> None:
@@ -119,9 +120,8 @@ def main() -> None:
         raise InputError("--save needs --examples")
     choices = [] if options is None else [as_text(c.strip(), "--options") for c in options.split(",")]
     if not all(choices) or len(set(choices)) < len(choices) or len(choices) == 1:
-        raise InputError(
-            f"--options {options}: needs two or more different answers, with a comma between them"
-        )
+        what = "needs two or more different answers, with a comma between them"
+        raise InputError(f"--options {options}: {what}")
     args = resolve_args(typed, read_args(folder))
     if not (folder / "adapters.safetensors").exists() or args.method != "hyper" or args.init:
         raise InputError(f"{folder}: has no hypernetwork to compress examples with")
@@ -135,9 +135,10 @@ def main() -> None:
         check_save(Path(save), about)
         if downstream:
             check_export(adapter, "--save")
-    gists = (
-        compress_examples(run, Path(examples)) if examples else load_gists(Path(kept), about, run.hyper.model)
-    )
+    if examples:
+        gists = compress_examples(run, Path(examples))
+    else:
+        gists = load_gists(Path(kept), about, run.hyper.model)
     if save:
         save_gists(Path(save), gists, about)
         print(f"saved as {save}, {Path(save).stat().st_size:,} bytes")

@@ -1,10 +1,10 @@
 """A run's LoRA sets as peft reads them.
 
-    python -m tools.export RUN --out DIR                 DIR/hyper and, with --downstream lora, DIR/downstream
-    python -m tools.export RUN --gists FILE --out DIR    a saved prefix (tools.answer --save) as peft's CARTRIDGE
+    python -m tools.export RUN --out DIR                 DIR/hyper, and DIR/downstream with --downstream lora
+    python -m tools.export RUN --gists FILE --out DIR    a saved prefix (tools.answer) as peft's CARTRIDGE
 
-Each folder holds adapter_model.safetensors and adapter_config.json: PeftModel.from_pretrained(base, DIR/hyper).
-A saved prefix (tools.answer --save) needs no adapter with a frozen downstream model; otherwise it comes with one.
+Each folder holds adapter_model.safetensors and adapter_config.json; PeftModel.from_pretrained(base, FOLDER)
+opens it. A saved prefix needs no adapter with a frozen downstream model; otherwise it comes with one.
 """
 
 import signal
@@ -45,7 +45,7 @@ def save_gists(path: Path, gists: Gists, about: dict[str, str]) -> None:
 
 
 def load_gists(path: Path, about: dict[str, str], model: Llama) -> Gists:
-    """A saved prefix. InputError if another model or run than `about` says made it, or if it doesn't fit the model."""
+    """A saved prefix. InputError if it was made by another model or run than `about` says, or doesn't fit."""
     tensors, metadata = load_tensors(path)
     for key, value in about.items():
         if metadata.get(key) != value:
@@ -69,7 +69,7 @@ def load_gists(path: Path, about: dict[str, str], model: Llama) -> Gists:
 
 
 def export(run: Run, name: str, folder: Path) -> None:
-    """One LoRA set in peft's names. Where the set has no matrices, because they would change nothing, zeros stand."""
+    """One LoRA set in peft's names. Where it has no matrices, as they would change nothing, zeros stand."""
     args = run.args
     tensors = {}
     for path, linear in linears(run.hyper.model).items():
@@ -77,34 +77,33 @@ def export(run: Run, name: str, folder: Path) -> None:
         key = f"base_model.model.model.{path}"
         tensors[f"{key}.lora_A.weight"] = lora.A if lora else torch.zeros(args.rank, linear.inputs)
         tensors[f"{key}.lora_B.weight"] = lora.B if lora else torch.zeros(linear.outputs, args.rank)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "adapter_model.safetensors", tensors, METADATA)
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(Path(args.model).resolve()),
-        "r": args.rank, "lora_alpha": args.alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+    write_adapter(run, folder, tensors, {
+        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted({path.rpartition(".")[2] for path in linears(run.hyper.model)}),
-    }  # fmt: skip
-    write_json(folder / "adapter_config.json", config)
-    print(f"written: {folder}")
+    })  # fmt: skip
 
 
 def export_prefix(run: Run, gists: Gists, folder: Path) -> None:
     """A prefix as a peft adapter: PeftModel.from_pretrained(base, folder) then puts it before every input.
 
-    peft 0.21 or later. Its forward has our logits. Its generate does with transformers 4.57; with transformers 5 it
-    loses the prefix without a word: there, pass the cache as the README does.
+    peft 0.21 or later. Its forward has our logits. Its generate does with transformers 4.57; with
+    transformers 5 it loses the prefix without a word: there, pass the cache as docs/export.md does.
     """
     c = run.hyper.model.config
     # Per position: for each layer the key, then the value, each by heads. [G, L·2·K·hd]
     layers = torch.stack([torch.stack((k[0], v[0])) for k, v in gists.past])  # [L, 2, K, G, hd]
     embeddings = layers.permute(3, 0, 1, 2, 4).flatten(1)
+    write_adapter(run, folder, {"prompt_embeddings": embeddings}, {
+        "peft_type": "CARTRIDGE", "num_virtual_tokens": len(embeddings), "num_layers": c.layers,
+        "num_attention_heads": c.kv_heads, "token_dim": c.kv_heads * c.head_size,
+    })  # fmt: skip
+
+
+def write_adapter(run: Run, folder: Path, tensors: dict[str, torch.Tensor], config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "adapter_model.safetensors", {"prompt_embeddings": embeddings}, METADATA)
-    config = {
-        "peft_type": "CARTRIDGE", "task_type": "CAUSAL_LM", "inference_mode": True,
-        "base_model_name_or_path": str(Path(run.args.model).resolve()), "num_virtual_tokens": len(embeddings),
-        "num_layers": c.layers, "num_attention_heads": c.kv_heads, "token_dim": c.kv_heads * c.head_size,
-    }  # fmt: skip
+    save_tensors(folder / "adapter_model.safetensors", tensors, METADATA)
+    base = str(Path(run.args.model).resolve())
+    config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base}
     write_json(folder / "adapter_config.json", config)
     print(f"written: {folder}")
 
@@ -116,20 +115,16 @@ def check_export(folder: Path, name: str) -> None:
     names = {path.name.removesuffix(".partial") for path in folder.iterdir()} if folder.is_dir() else {""}
     weights = folder / "adapter_model.safetensors"
     if names and (not names <= FILES or not weights.exists() or load_tensors(weights)[1] != METADATA):
-        raise InputError(
-            f"{name}: {folder} holds something else than an export of ours, which isn't replaced"
-        )
+        what = "holds something else than an export of ours, which isn't replaced"
+        raise InputError(f"{name}: {folder} {what}")
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    parser.add_argument(
-        "--gists", metavar="FILE", help="a prefix that tools.answer saved, instead of LoRA sets"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", required=True, help="where to write; a folder for each LoRA set"
-    )
+    add = parser.add_argument
+    add("folder", metavar="RUN", help="folder of a finished run")
+    add("--gists", metavar="FILE", help="a prefix that tools.answer saved, instead of LoRA sets")
+    add("--out", metavar="DIR", required=True, help="where to write; a folder for each LoRA set")
     add_options(parser, "place")
     typed = vars(parser.parse_args())
     folder = Path(typed.pop("folder"))

@@ -3,9 +3,9 @@
     python gist.py                                 in the terminal
     python -m tools.lecture --pictures figures     the pictures of docs/lecture.md
 
-The model is the run that `python train.py --task p3` leaves in runs/. Where there is none, it is the miniature
-with random numbers as its LoRA set. Every number is measured when the lecture is given, on a few queries of each
-held-out task. So is every picture.
+The model is the run that `python train.py --task p3` leaves in runs/. Where there is none, it is the
+miniature with random numbers as its LoRA set. Every number and every picture is measured when the lecture is
+given, on a few queries of each held-out task.
 """
 
 import signal
@@ -26,7 +26,7 @@ from eval import draw_held_out, encode_queries, gist_context, score_choices
 from gist import Gists, HyperLlama, Rows, gist_mask
 from llama import attend, int_tensor, ragged, rotary_angles, rotate
 from run import PROJECT, Parser, a_path, default_folder, open_run, read_args, resolve_args, run_command
-from tools.report import picture, write_picture
+from tools.report import WORDS, picture, write_picture
 
 QUERIES = 15  # of each held-out task
 SHIFTS = range(-32, 33, 4)  # how many positions too late a query begins
@@ -64,6 +64,9 @@ class Score(NamedTuple):
     accuracy: float  # percent of queries whose right choice is the likeliest
     loss: float  # -log p(right choice), mean over queries
 
+    def cells(self) -> list[str]:
+        return [f"{self.accuracy:.0f} %", f"{self.loss:.2f}"]
+
 
 def open_lesson(queries: int = QUERIES) -> Lesson:
     """The trained run, or the miniature; so many queries of each held-out task, with one draw of examples."""
@@ -98,7 +101,7 @@ def open_lesson(queries: int = QUERIES) -> Lesson:
 
 
 def score(lesson: Lesson, prefixes: Gists | None, shift: int = 0, adapter: str | None = None) -> Score:
-    """How the queries are answered after prefixes [N], begun `shift` positions too late, by a LoRA set or none."""
+    """How the queries are answered after prefixes [N], `shift` positions too late, by a LoRA set or none."""
     if prefixes is not None:
         prefixes = replace(prefixes, offset=prefixes.offset + shift)
     scores = score_choices(lesson.hyper.model, lesson.prompts, lesson.choices, prefixes, adapter)
@@ -107,8 +110,10 @@ def score(lesson: Lesson, prefixes: Gists | None, shift: int = 0, adapter: str |
 
 
 def compare_roles(lesson: Lesson) -> dict[tuple[bool, bool], tuple[float, Score]]:
-    """LoRA on or off in the first pass, and in the second -> largest difference of a logit from the joint pass,
-    over the first query of each task; and the score of all queries."""
+    """LoRA on or off in the first pass, and in the second -> a distance from the joint pass, and the score.
+
+    The distance is the largest of a logit, in the first query of each task.
+    """
     tasks = lesson.task.tolist()
     first_queries = [tasks.index(s) for s in range(len(lesson.other))]
     joint = [joint_pass(lesson, n) for n in first_queries]
@@ -152,9 +157,9 @@ def compare_prefixes(lesson: Lesson) -> dict[str, Score]:
 
 
 def attention_to_gists(lesson: Lesson) -> Tensor:
-    """How much of its attention the last token of a query gives to each gist. [L, G], mean over heads and queries.
+    """The share of attention of a query's last token to each gist: mean over heads and queries. [L, G]
 
-    What attention returns is its weights times the values. With the identity for values, it returns the weights.
+    What attention returns is its weights times the values: with the identity for values, the weights.
     """
     model = lesson.hyper.model
     gists = lesson.hyper.compress(lesson.rows)[lesson.task]
@@ -178,8 +183,6 @@ def attention_to_gists(lesson: Lesson) -> Tensor:
 
 # ------------------------------------------------------------------------------------ in the terminal
 
-# A short row: two examples, gists, a query (the same as in figures/mask.png).
-WORDS = ["BOS", "fox", ":", "kilo", "owl", ":", "east", "gist", "gist", "gist", "BOS", "fox", ":"]
 SHADES = {0.64: "█", 0.16: "▓", 0.04: "▒", 0.01: "░", 0.0: " "}  # from which share of attention on
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
@@ -261,7 +264,7 @@ best: the model that answers stays the plain Llama that everybody has.
     lines = [["first pass", "second pass", "difference", "right", "loss"]]
     for roles, (difference, score) in compare_roles(lesson).items():
         names = [f"LoRA {'on' if on else 'off'}" for on in roles]
-        lines.append([*names, f"{difference:.5f}", f"{score.accuracy:.0f} %", f"{score.loss:.2f}"])
+        lines.append([*names, f"{difference:.5f}", *score.cells()])
     print_table(lines)
     print("""
    difference: the largest of a logit from the joint pass, in the first query of each task
@@ -289,25 +292,23 @@ from the last gist to the query's last token, on average. Where it is negative, 
 stand after the token that looks back at them, as they never do in training. A small
 mistake may hardly show in a score: what it breaks is that two passes equal the joint one.
 """)
-    most = max(score.loss for score in scores.values())
-    for name, values, top, height in (
-        ("right, %", [score.accuracy for score in scores.values()], 100.0, 5),
-        ("loss", [score.loss for score in scores.values()], most, 3),
-    ):
+    right, losses = zip(*scores.values())
+    curves = (("right, %", right, 100.0, 5, 0), ("loss", losses, max(losses), 3, 1))
+    for name, values, top, height, digits in curves:
         for line in bars(values, top, height):
             print((" " * 12 + "".join(f" {mark * 3}" for mark in line)).rstrip())
-        digits = 0 if top == 100.0 else 1
         print(f"   {name:<9}" + "".join(f"{value:>4.{digits}f}" for value in values) + "\n")
     print(f"   {'begin':<9}" + "".join(f"{shift:>+4}" for shift in scores))
     print(f"   {'distance':<9}" + "".join(f"{round(shift + length):>+4}" for shift in scores))
 
 
 def bars(values: Sequence[float], top: float, height: int) -> list[str]:
-    """Bars from 0 to `top` in so many lines of block characters, the highest line first; one column a value."""
-    eighths = [round(8 * height * value / top) for value in values]
-    return [
-        "".join(EIGHTHS[min(8, max(0, n - 8 * line))] for n in eighths) for line in reversed(range(height))
-    ]
+    """Bars from 0 to `top`, a column a value, as so many lines of block characters, the highest first."""
+    lines = []
+    for below in reversed(range(0, 8 * height, 8)):
+        eighths = [round(8 * height * value / top) - below for value in values]
+        lines.append("".join(EIGHTHS[min(8, max(0, n))] for n in eighths))
+    return lines
 
 
 def show_prefixes(lesson: Lesson) -> None:
@@ -317,10 +318,8 @@ def show_prefixes(lesson: Lesson) -> None:
 The same queries after the gists of their own task, after those of another task, and
 after nothing. The lines differ in what stands before the query, and in nothing else.
 """)
-    lines = [["prefix", "right", "loss"]]
-    for name, score in compare_prefixes(lesson).items():
-        lines.append([name, f"{score.accuracy:.0f} %", f"{score.loss:.2f}"])
-    print_table(lines)
+    rows = [[name, *score.cells()] for name, score in compare_prefixes(lesson).items()]
+    print_table([["prefix", "right", "loss"], *rows])
 
 
 def show_attention(lesson: Lesson) -> None:
@@ -343,7 +342,9 @@ over heads and queries, one line per layer. The rest goes to the query's own tok
 # ------------------------------------------------------------------------------------- as pictures
 
 PICTURES = [f"lecture-{name}.png" for name in ("positions", "offset", "prefixes", "attention")]
-BLUE, ORANGE, GREY = "#9ecae1", "#fdae6b", "#bdbdbd"  # those of figures/mask.png: told apart by all eyes
+BLUE = "#9ecae1"  # as in figures/mask.png: told apart by all eyes
+ORANGE = "#fdae6b"
+GREY = "#bdbdbd"
 
 
 @torch.no_grad()
@@ -351,20 +352,20 @@ def draw(lesson: Lesson, folder: Path) -> None:
     import matplotlib  # slow to import
     from matplotlib.figure import Figure
 
-    sizes = {"positions": (7, 1.8), "offset": (7, 4), "prefixes": (7, 2.9), "attention": (7, 2.6)}
     paths = [picture(folder / name) for name in PICTURES]
     folder.mkdir(parents=True, exist_ok=True)
+    drawings = ((draw_positions, 1.8), (draw_offsets, 4), (draw_prefixes, 2.9), (draw_attention, 2.6))
     with matplotlib.rc_context({"font.size": 12, "axes.titlesize": 11}):
-        for path, draw_one in zip(paths, (draw_positions, draw_offsets, draw_prefixes, draw_attention)):
-            figure = Figure(figsize=sizes[path.stem.removeprefix("lecture-")], layout="constrained")
+        for path, (draw_one, height) in zip(paths, drawings):
+            figure = Figure(figsize=(7, height), layout="constrained")
             draw_one(lesson, figure)
             write_picture(figure, path)
 
 
 def draw_positions(lesson: Lesson, figure) -> None:
     G = len(lesson.hyper.gists)
-    axes = figure.subplots()
     query = G + len(lesson.prompts[0]) - 1
+    axes = figure.subplots()
     for x, width, color, label, first, last in (
         (0, 6, BLUE, "BOS, examples", -lesson.context, -1),
         (6.2, 2.6, ORANGE, f"{G} gists", 0, G - 1),
@@ -383,15 +384,14 @@ def draw_positions(lesson: Lesson, figure) -> None:
 def draw_offsets(lesson: Lesson, figure) -> None:
     scores = compare_offsets(lesson)
     without = score(lesson, None)
-    upper, lower = figure.subplots(2, 1, sharex=True)
     length = fmean(map(len, lesson.prompts))
-    for axes, field in ((upper, "accuracy"), (lower, "loss")):
-        axes.plot(list(scores), [getattr(score, field) for score in scores.values()], "o-", color="#08519c")
+    ends = (SHIFTS[0] - 2, SHIFTS[-1] + 2)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for axes, field, label in ((upper, "accuracy", "right, %"), (lower, "loss", "loss")):
+        axes.plot(SHIFTS, [getattr(score, field) for score in scores.values()], "o-", color="#08519c")
         axes.axhline(getattr(without, field), color="#d95f02", linestyle="--", label="no gists")
-        axes.axvspan(min(scores) - 2, -length, color=GREY, alpha=0.4, linewidth=0)
-        axes.set(
-            ylabel={"accuracy": "right, %", "loss": "loss"}[field], xlim=(min(scores) - 2, max(scores) + 2)
-        )
+        axes.axvspan(ends[0], -length, color=GREY, alpha=0.4, linewidth=0)
+        axes.set(ylabel=label, xlim=ends)
         axes.set_ylim(bottom=0)
         axes.set_xticks(SHIFTS[::2])
         axes.grid(alpha=0.3)
@@ -401,20 +401,21 @@ def draw_offsets(lesson: Lesson, figure) -> None:
 
 
 def draw_prefixes(lesson: Lesson, figure) -> None:
-    roles_compared = compare_roles(lesson)
     scores = compare_prefixes(lesson)
+    names = {
+        (True, False): next(iter(scores)),
+        (False, False): "LoRA off in the first pass",
+        (True, True): "LoRA on in the second pass",
+    }
     differences = {}
-    for roles, name in (
-        ((True, False), next(iter(scores))),
-        ((False, False), "LoRA off in the first pass"),
-        ((True, True), "LoRA on in the second pass"),
-    ):
-        differences[name], scores[name] = roles_compared[roles]
+    for roles, found in compare_roles(lesson).items():
+        differences[names[roles]], scores[names[roles]] = found
     axes = figure.subplots()
     axes.barh(list(scores), [score.accuracy for score in scores.values()], color=[ORANGE] + 4 * [BLUE])
     for i, (name, score) in enumerate(scores.items()):
-        text = f"{score.accuracy:.0f} % right, loss {score.loss:.2f}"
-        text += f", logits {differences[name]:.5f} off" if name in differences else ""
+        text = "{} right, loss {}".format(*score.cells())
+        if name in differences:
+            text += f", logits {differences[name]:.5f} off"
         axes.text(2, i, text, va="center")
     axes.set(xlim=(0, 100), xlabel="right, %", title=lesson.model_name)
     axes.invert_yaxis()
@@ -428,9 +429,8 @@ def draw_attention(lesson: Lesson, figure) -> None:
     cells = axes.pcolormesh((100 * shares).clamp(min=0.1), cmap="cividis", norm=LogNorm(0.1, 100))
     L, G = shares.shape
     axes.set_xticks(torch.arange(G) + 0.5, range(G))
-    axes.set_yticks(
-        torch.arange(L) + 0.5, [f"layer {i}: {layer.sum():.0%}" for i, layer in enumerate(shares)]
-    )
+    names = [f"layer {i}: {layer.sum():.0%}" for i, layer in enumerate(shares)]
+    axes.set_yticks(torch.arange(L) + 0.5, names)
     axes.set(xlabel="gist", title=lesson.model_name)
     axes.invert_yaxis()
     figure.colorbar(cells, label="attention, %", ticks=[0.1, 1, 10, 100], format="%g")
@@ -438,9 +438,8 @@ def draw_attention(lesson: Lesson, figure) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--pictures", type=a_path, metavar="FOLDER", help="draw into a folder, rather than print"
-    )
+    text = "draw into a folder, rather than print"
+    parser.add_argument("--pictures", type=a_path, metavar="FOLDER", help=text)
     folder = getattr(parser.parse_args(), "pictures", None)
     if folder is None:
         show(open_lesson())

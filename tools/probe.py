@@ -2,9 +2,10 @@
 
     python -m tools.probe RUN [--out FILE]
 
-Examples of the held-out tasks are compressed, and then each is a query itself. How often the answer is right, after
-gists and with the examples in context: by where the example stood (first … last), by how many examples there were, and by
-how many of them had its label. "Lost by the boundary", "lost if surprise", "lost along the way" would show as slopes.
+Examples of the held-out tasks are compressed, and then each is a query itself. Percent of right answers,
+after gists and with the examples in context: by where the example stood (first … last), by how many examples
+there were, and by how many of them had its label. "Lost by the boundary", "lost if surprise" and "lost along
+the way" would show as slopes.
 """
 
 import signal
@@ -53,7 +54,8 @@ def probe(run: Run, draws: int) -> list[Asked]:
         for n in range(draws):
             episode = task.evaluation(args.seed, n, args.shots, 1)[0]
             whole = len(episode.shots)
-            for count in sorted({2**i for i in range(whole.bit_length()) if 2**i < whole} | {whole}):
+            counts = {2**i for i in range(whole.bit_length()) if 2**i < whole} | {whole}
+            for count in sorted(counts):
                 again = asked_back(episode, count)
                 scores = {name: score(run, column, [again], []) for name, column in COLUMNS.items()}
                 labels = [shot.target for shot in again.shots]
@@ -84,35 +86,34 @@ def main() -> None:
     if run.args.method != "hyper" or not run.hyper.gist_ids or run.task.evaluate:
         raise InputError(f"{folder}: not the run of a hypernetwork with tasks")
     if run.hyper.compression.sets > 1:
-        raise InputError(
-            f"{folder}: its prefixes are made of several sets of examples; what is probed is one"
-        )
+        what = "its prefixes are made of several sets of examples; what is probed is one"
+        raise InputError(f"{folder}: {what}")
     found = probe(run, sets)
     if not found:
         raise InputError(f"{folder}: its held-out tasks have no examples to ask back")
     whole = max(asked.count for asked in found)
+    of_whole = [asked for asked in found if asked.count == whole]
     pictures = {
-        f"place among {whole} examples": grouped([a for a in found if a.count == whole], "place"),
+        f"place among {whole} examples": grouped(of_whole, "place"),
         "number of examples": grouped(found, "count"),
-        f"examples with its label, of {whole}": grouped([a for a in found if a.count == whole], "alike"),
+        f"examples with its label, of {whole}": grouped(of_whole, "alike"),
     }
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for axes, (title, groups) in zip(figure.subplots(1, 3, sharey=True), pictures.items()):
-        lines = [[title, *COLUMNS, "asked"]]
-        means = {
-            name: [statistics.fmean(a.scores[name] for a in g) for g in groups.values()] for name in COLUMNS
-        }
-        for i, (x, group) in enumerate(groups.items()):
-            lines.append([str(x), *(f"{values[i]:.1f}" for values in means.values()), str(len(group))])
-        print_lines(lines, total=False)
-        print()
-        for name, values in means.items():
-            axes.plot(list(groups), values, marker="o", markersize=3, label=name)
+        means = {}
+        for name in COLUMNS:
+            means[name] = [statistics.fmean(a.scores[name] for a in group) for group in groups.values()]
+            axes.plot(list(groups), means[name], marker="o", markersize=3, label=name)
         axes.set(xlabel=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+        lines = [[title, *COLUMNS, "asked"]]
+        for (x, group), values in zip(groups.items(), zip(*means.values())):
+            lines.append([str(x), *(f"{value:.1f}" for value in values), str(len(group))])
+        print_lines(lines, total=False)
+        print()
     figure.axes[0].set(ylabel=f"examples asked back: {run.task.METRIC}, %")
     figure.axes[0].legend(frameon=False)
     write_picture(figure, out)

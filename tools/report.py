@@ -2,7 +2,7 @@
 
 python -m tools.report table DIR…              a line for each folder of runs: mean ± deviation over its runs
 python -m tools.report plot RUN… --out FILE    curves over steps; --by gists, --by shots: results by an option
-python -m tools.report bars RUN… --out FILE    the last line of a run's table; of several seeds, mean and deviation
+python -m tools.report bars RUN… --out FILE    the last line of a run's table; of several seeds, the means
 """
 
 import signal
@@ -14,7 +14,7 @@ import io
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,13 @@ from llama import InputError, reading
 from lora import replacing
 from run import Parser, names_of, read_args, run_command
 
-TEXT_TITLES = {
+TEXT_TITLES = {  # of the columns, where the result is a loss on text
     "zeroshot": "without, before",
     "fewshot": "A D in full, before",
     "no_prefix": "without, after",
     "in_full": "A D in full, after",
+    "other_task": "other text's gists",
 }
-TEXT_TITLES |= {"other_task": "other text's gists"}
 
 
 def read_log(path: Path) -> list[dict]:
@@ -47,10 +47,10 @@ def read_results(run: Path) -> dict:
 
 
 def compare(rows: list[Path]) -> str:
-    """A table in Markdown of the runs in some folders: a line per folder, mean ± standard deviation over its runs."""
-    table: dict[str, dict[str, list[float]]] = {}
-    metrics = set()
+    """A table in Markdown: a line for each folder, mean ± standard deviation over the runs in it."""
     rows = list(dict.fromkeys(row.resolve() for row in rows))
+    table: dict[str, dict[str, list[float]]] = {}  # row -> column -> a value for each run
+    metrics = set()
     for row in rows:
         name = row.name if [other.name for other in rows].count(row.name) == 1 else str(row)
         values = table.setdefault(name.replace("_", " "), {})
@@ -60,77 +60,83 @@ def compare(rows: list[Path]) -> str:
         for path in paths:
             with reading(path, "not the results of a run"):
                 results = read_results(path.parent)
-                training = [line.get("seconds", 0) for line in read_log(path.with_name("log.jsonl"))]
-                columns = {"result": results["average"]} | results["baselines"] | results["controls"]
-                columns |= {"share kept, %": results["kept"]} if "kept" in results else {}
-                metric, args = results["metric"], {"shots": None, "method": None} | results["args"]
-                metrics.add(metric)
-                if args["task"] == "prefix" and len(results["tasks"]) <= 8:  # as many as the paper tunes on
-                    columns |= {name: task["mean"] for name, task in results["tasks"].items()}
-                columns["seconds"] = results["seconds"] + sum(training)
-                if not all(isinstance(value, (int, float)) for value in columns.values()):
-                    raise ValueError("a result isn't a number")
-            for name, value in columns.items():
-                values.setdefault(name, []).append(value)
+                columns = columns_of(results, read_log(path.with_name("log.jsonl")))
+                metric = results["metric"]
+                args = {"shots": None, "method": None} | results["args"]
+            metrics.add(metric)
+            for column, value in columns.items():
+                values.setdefault(column, []).append(value)
     if len(metrics) > 1:
         raise InputError(f"these runs have different metrics: {', '.join(sorted(metrics))}")
-    names = {
-        name: None for values in table.values() for name in values if name != "seconds"
-    }  # in order, each once
-    heads = TITLES | (TEXT_TITLES if metric == "loss" else {})
-    heads = [heads[name].format(**args) if name in heads else name for name in names]
+    titles = TITLES | (TEXT_TITLES if metric == "loss" else {})
+    names = list(dict.fromkeys(name for values in table.values() for name in values if name != "seconds"))
+    heads = [titles[name].format(**args) if name in titles else name for name in names]
     lines = [f"| {metric} | " + " | ".join([*heads, "seconds a run"]) + " |", "|---" * (len(names) + 2) + "|"]
     for row, values in table.items():
         cells = []
         for name in names:
-            cells_of, digits = values.get(name), 3 if metric == "loss" and "%" not in name else 1
-            spreading = (
-                f" ± {statistics.stdev(cells_of):.{digits}f}" if cells_of and len(cells_of) > 1 else ""
-            )
-            cells.append(f"{statistics.fmean(cells_of):.{digits}f}{spreading}" if cells_of else "")
+            digits = 3 if metric == "loss" and "%" not in name else 1
+            cells.append(mean_and_deviation(values.get(name, []), digits))
         lines.append("| " + " | ".join([row, *cells, f"{statistics.fmean(values['seconds']):.0f}"]) + " |")
     return "\n".join(lines)
 
 
-def curves(
-    runs: list[Path], by: str | None
-) -> tuple[dict[tuple[str, str], dict[float, list[float]]], str, dict]:
-    """What to draw: (run's name, column) -> x -> values of all runs; what the values are; the options of the last run."""
-    points: dict[tuple[str, str], dict[float, list[float]]] = {}  # (run's name, column) -> x -> values
+def columns_of(results: dict, log: list[dict]) -> dict[str, float]:
+    """What a table has of one run. Seconds: of training and evaluation."""
+    columns = {"result": results["average"]} | results["baselines"] | results["controls"]
+    if "kept" in results:
+        columns["share kept, %"] = results["kept"]
+    if results["args"]["task"] == "prefix" and len(results["tasks"]) <= 8:  # as many as the paper tunes on
+        columns |= {name: task["mean"] for name, task in results["tasks"].items()}
+    columns["seconds"] = results["seconds"] + sum(line.get("seconds", 0) for line in log)
+    check_numbers(columns.values())
+    return columns
+
+
+def check_numbers(values: Iterable) -> None:
+    if not all(isinstance(value, (int, float)) for value in values):
+        raise ValueError("a result isn't a number")
+
+
+def mean_and_deviation(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    deviation = spread(values)
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+
+
+Points = dict[tuple[str, str], dict[float, list[float]]]  # (run's name, column) -> x -> values of all runs
+
+
+def curves(runs: list[Path], by: str | None) -> tuple[Points, str, dict]:
+    """What to draw; what the values are; the options of the last run."""
+    points: Points = {}
     kinds = set()
     options = [read_args(run) for run in runs]
     named = {"task", "method", "downstream", "init", "seed", "run", by} | names_of("place", "eval")
-    differs = [
-        name for name in options[0] if name not in named and len({str(args[name]) for args in options}) > 1
-    ]
+    others = [name for name in options[0] if name not in named]
+    differs = [name for name in others if len({str(args[name]) for args in options}) > 1]
     for run, args in zip(runs, options):
-        name = (
-            args.get("init")
-            or f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
-        )
+        name = f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
+        name = args.get("init") or name
         name += "".join(f", {option.replace('_', ' ')} {args.get(option)}" for option in differs)
+        metric = tasks.find(args["task"]).METRIC
         with reading(run, "has no readable results or log"):
             if by:
                 results = json.loads((run / "results.json").read_text())
-                kinds.add(tasks.find(args["task"]).METRIC)
                 rows = [(args[by], {"main": results["average"]} | results["baselines"] | results["controls"])]
             else:
                 lines = read_log(run / "log.jsonl")
                 measured = any("score" in line for line in lines)
-                metric = tasks.find(
-                    args["task"]
-                ).METRIC  # hyperpretraining is measured on P3's held-out tasks
-                kinds.add({"loss": "accuracy"}.get(metric, metric) if measured else "loss")
+                # Hyperpretraining, whose result is a loss, is measured on P3's held-out tasks.
+                metric = {"loss": "accuracy"}.get(metric, metric) if measured else "loss"
                 key = "score" if measured else "loss"
-                rows = [
-                    (line["step"], {"main": line[key]} | line.get("controls", {}))
-                    for line in lines
-                    if key in line
-                ]
-            if not all(
-                isinstance(value, (int, float)) for x, values in rows for value in (x, *values.values())
-            ):
-                raise ValueError("not a number")
+                lines = [line for line in lines if key in line]
+                rows = [(line["step"], {"main": line[key]} | line.get("controls", {})) for line in lines]
+            for x, values in rows:
+                check_numbers((x, *values.values()))
+        kinds.add(metric)
         for x, values in rows:
             for column, value in values.items():
                 points.setdefault((name, column), {}).setdefault(x, []).append(value)
@@ -142,8 +148,10 @@ def curves(
 
 
 def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
-    """Curves of several runs in one picture: over steps the held-out score where it was measured, else the loss;
-    or, `by` an option of theirs (gists, shots), their results.
+    """Curves of several runs in one picture.
+
+    Over steps, the held-out score where it was measured, else the loss; or, `by` an option of theirs (gists,
+    shots), their results.
 
     Runs that differ only in their seed make one curve: the mean, and a band of one standard deviation.
     Baselines and controls are dashed. Below a single curve, the training loss of labels and of EOS.
@@ -152,20 +160,22 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
 
     points, kind, args = curves(runs, by)
     alone = len({name for name, _ in points}) == 1
-    lines = [line for run in runs for line in read_log(run / "log.jsonl")] if alone and not by else []
-    below = [line for line in lines if "label_loss" in line]
-    parts = 1 + bool(below)
+    below = []
+    if alone and not by:
+        below = [line for run in runs for line in read_log(run / "log.jsonl") if "label_loss" in line]
     figure = Figure(figsize=(7, 6.0 if below else 4.2), layout="constrained")
-    axes, *under = figure.subplots(parts, squeeze=False, height_ratios=[7, 3][:parts])[:, 0]
+    heights = [7, 3] if below else [7]
+    axes, *under = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     heads = TITLES | ({"fewshot": "examples in context"} if by else {})  # as many as there were shots
     for (name, column), curve in points.items():
         xs = sorted(curve)
         means = np.array([statistics.fmean(curve[x]) for x in xs])
-        sds = np.array([spread(curve[x]) or 0.0 for x in xs])
+        deviations = np.array([spread(curve[x]) or 0.0 for x in xs])
         label = name if column == "main" else heads[column].format(**args) if alone else f"{name}, {column}"
         style = {"linewidth": 1.8} if column == "main" else {"linewidth": 1.2, "linestyle": "--"}
         (line,) = axes.plot(xs, means, label=label, marker="o" if by else None, markersize=4, **style)
-        axes.fill_between(xs, means - sds, means + sds, color=line.get_color(), alpha=0.15, linewidth=0)
+        band = (means - deviations, means + deviations)
+        axes.fill_between(xs, *band, color=line.get_color(), alpha=0.15, linewidth=0)
     unit = {"loss": "loss per token", "accuracy": "accuracy on held-out rows, %", "rougeL": "ROUGE-L"}[kind]
     axes.set(xlabel=by or "step", ylabel=unit)
     if by:
@@ -179,7 +189,8 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
             of_step: dict[int, list[float]] = {}
             for line in below:
                 of_step.setdefault(line["step"], []).append(line[key])
-            part.plot([*of_step], [*map(statistics.fmean, of_step.values())], label=label, linewidth=1.2)
+            means = [statistics.fmean(losses) for losses in of_step.values()]
+            part.plot(list(of_step), means, label=label, linewidth=1.2)
         part.set(xlabel="step", ylabel="loss per token", yscale="log")
         part.grid(alpha=0.3)
         part.legend(frameon=False)
@@ -198,24 +209,23 @@ def bars(runs: list[Path], path: Path) -> None:
     for run in runs:
         results = read_results(run)
         with reading(run / "results.json", "not the results of a run"):
-            parts = {"#0072b2": {"main": results["average"]}, "#999999": results["baselines"]}
-            parts["#e69f00"] = results["controls"]
-        for colour, columns in parts.items():
+            parts = ({"main": results["average"]}, results["baselines"], results["controls"])
+        for columns, colour in zip(parts, ("#0072b2", "#999999", "#e69f00")):
             for name, value in columns.items():
                 values.setdefault(name, []).append(value)
                 colours[name] = colour
+    args = results["args"]
+    titles = TITLES | {"main": MAIN[args["method"]].title}
     names = list(values)[::-1]
+    heads = [titles[name].format(**args) for name in names]
+    means = [statistics.fmean(values[name]) for name in names]
     deviations = {name: spread(values[name]) or 0.0 for name in names}
     if len(runs) == 1:
         deviations["main"] = results["std"] or 0.0
     figure = Figure(figsize=(7, 0.6 + 0.36 * len(names)), layout="constrained")
     axes = figure.subplots()
-    heads = [MAIN[results["args"]["method"]].title if name == "main" else TITLES[name] for name in names]
-    heads = [head.format(**results["args"]) for head in heads]
-    means = [statistics.fmean(values[name]) for name in names]
-    axes.barh(
-        heads, means, xerr=[deviations[name] for name in names], color=[colours[name] for name in names]
-    )
+    whiskers = [deviations[name] for name in names]
+    axes.barh(heads, means, xerr=whiskers, color=[colours[name] for name in names])
     for y, mean in enumerate(means):
         axes.text(1, y, f"{mean:.1f}", va="center", color="white", fontweight="bold")
     axes.set(xlabel={"accuracy": "accuracy on held-out tasks, %"}.get(results["metric"], results["metric"]))
@@ -223,43 +233,42 @@ def bars(runs: list[Path], path: Path) -> None:
     write_picture(figure, path)
 
 
-def draw_mask(
-    path: Path, examples: Sequence[str] = ("fox: kilo", "owl: east"), query: str = "fox:", gists: int = 3
-) -> None:
-    """The gist mask of a small example, with the tokens' positions and the two passes that it falls into."""
+# A short row: two examples, gists, a query.
+WORDS = ["BOS", "fox", ":", "kilo", "owl", ":", "east", "gist", "gist", "gist", "BOS", "fox", ":"]
+
+
+def draw_mask(path: Path) -> None:
+    """The gist mask of a short row, with the tokens' positions and the two passes that it falls into."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-    first = ["BOS", *(word for example in examples for word in example.replace(":", " :").split())]
-    names = [*first, *(f"gist {g}" for g in range(gists)), "BOS", *query.replace(":", " :").split()]
-    is_gist = torch.tensor([[name.startswith("gist") for name in names]])
-    kinds, T, end = gist_mask(is_gist)[0].int() * (1 + is_gist.int()), len(names), len(first) + gists
+    T = len(WORDS)
+    first = WORDS.index("gist")
+    gists = WORDS.count("gist")
+    end = first + gists
+    is_gist = torch.tensor([[word == "gist" for word in WORDS]])
+    names = [f"gist {t - first}" if word == "gist" else word for t, word in enumerate(WORDS)]
+    looking = [f"{name}  {t - first:3d}".replace("-", "−") for t, name in enumerate(names)]
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    axes.pcolormesh(
-        kinds, cmap=ListedColormap(["white", "#9ecae1", "#fdae6b"]), edgecolors="#dddddd", linewidth=0.5
-    )
-    axes.set_yticks(
-        torch.arange(T) + 0.5,
-        [f"{name}  {t - len(first):3d}".replace("-", "−") for t, name in enumerate(names)],
-        family="monospace",
-    )
+    colours = ListedColormap(["white", "#9ecae1", "#fdae6b"])
+    kinds = gist_mask(is_gist)[0].int() * (1 + is_gist.int())  # unseen, a token, a gist
+    axes.pcolormesh(kinds, cmap=colours, edgecolors="#dddddd", linewidth=0.5)
+    axes.set_yticks(torch.arange(T) + 0.5, looking, family="monospace")
     axes.set_xticks(torch.arange(T) + 0.5, names, rotation=90, family="monospace")
     axes.axhline(end, color="black", linewidth=1.2)
-    passes = [(end / 2, "first pass:\nthe hypernetwork\n(LoRA on)")]
-    passes += [
-        (
-            (end + T) / 2,
-            f"second pass:\nthe downstream model\n(LoRA off), offset {gists};\nonly the gists are left\nof the first",
-        )
-    ]
-    for y, text in passes:
-        axes.text(T + 0.3, y, text, va="center")
-    axes.set(
-        ylabel="a token that looks, and its position", xlabel="a token that it may look at", aspect="equal"
-    )
+    axes.text(T + 0.3, end / 2, "first pass:\nthe hypernetwork\n(LoRA on)", va="center")
+    second = f"second pass:\nthe downstream model\n(LoRA off), offset {gists};"
+    second += "\nonly the gists are left\nof the first"
+    axes.text(T + 0.3, (end + T) / 2, second, va="center")
+    axes.set(ylabel="a token that looks, and its position", xlabel="a token that it may look at")
+    axes.set_aspect("equal")
     axes.invert_yaxis()
     write_picture(figure, path)
+
+
+MADE_BY = "HyperLlama, tools.report"  # in the pictures' metadata: these may be replaced
+PICTURES = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # where each kind says so
 
 
 def picture(path: Path) -> Path:
@@ -269,10 +278,6 @@ def picture(path: Path) -> Path:
     if os.path.lexists(path) and not (path.is_file() and MADE_BY.encode() in path.read_bytes()):
         raise InputError(f"--out {path}: would replace something that isn't a picture of ours")
     return path
-
-
-MADE_BY = "HyperLlama, tools.report"  # in the pictures' metadata: these may be replaced
-PICTURES = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # where each kind says so
 
 
 def write_picture(figure, path: Path) -> None:
@@ -286,17 +291,12 @@ def write_picture(figure, path: Path) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=["table", "plot", "bars"])
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="folders of runs (table), or runs")
-    parser.add_argument(
-        "--out", metavar="FILE", default="runs/curves.png", help="where to draw (runs/curves.png)"
-    )
-    parser.add_argument(
-        "--by",
-        choices=["gists", "shots"],
-        default=None,
-        help="results by this option, rather than curves over steps",
-    )
+    add = parser.add_argument
+    add("what", choices=["table", "plot", "bars"])
+    add("folders", nargs="+", metavar="DIR", help="folders of runs (table), or runs")
+    add("--out", metavar="FILE", default="runs/curves.png", help="where to draw (runs/curves.png)")
+    by = "results by this option, rather than curves over steps"
+    add("--by", choices=["gists", "shots"], default=None, help=by)
     asked = parser.parse_args()
     folders = [Path(folder) for folder in asked.folders]
     if asked.what == "table":

@@ -25,8 +25,10 @@ from run import PROJECT, Parser, number, run_command
 from tools.cost import at_use
 from tools.report import bars, compare, draw_mask, plot, read_results
 
-ALL, SEEDS = Path("runs/reproduce"), (0, 1, 2)
-BASE, C = "--model tiny/llama", "--model tiny/llama-c"  # before and after compression hyperpretraining
+ALL = Path("runs/reproduce")
+SEEDS = (0, 1, 2)
+BASE = "--model tiny/llama"
+C = "--model tiny/llama-c"  # the base after compression hyperpretraining
 C_FOLDER = Path("tiny/llama-c")  # itself a finished run
 HELPS = {  # what the literature since then found to help
     "HyperLlama distill": f"{BASE} --distill 1",
@@ -94,141 +96,143 @@ ORDERS = {  # what the paper finds: the first row above the second
     ],
 }  # fmt: skip
 TITLES = {
+    "text": "Compression hyperpretraining on text",
     "p3": "P3",
     "prefix": "Prefix tuning",
     "sni": "Super-NaturalInstructions",
     "symbol": "Symbol tuning",
+    "helps": "What helps",
 }
-TITLES = {"text": "Compression hyperpretraining on text", **TITLES, "helps": "What helps"}
+INTRO = """# Results in miniature
+
+Made by `python -m tools.reproduce`: three seeds a row, mean ± standard deviation over them. The model has 1.0
+million parameters and its world is a few hundred words: this shows that the mechanism works and what it
+takes, not how well a real Llama-2 does. `tiny/llama` is the base, `tiny/llama-c` the same after compression
+hyperpretraining (C).
+
+0-shot, few-shot and label anchors are the untouched model of that row, with nothing, with all examples in
+context, and with the keys and values of BOS and of the examples' last tokens; "base, …" is that model before
+hyperpretraining. Controls: the answering model without a prefix, with the gists of another task, with the
+keys and values of the examples mean-pooled to as many as there are gists, and with whole examples in as many
+raw tokens (at least one). Seconds are those of training and evaluation, one thread a run; other work shared
+the cores, so some are too many."""
 WORDS = {
-    "p3": """Accuracy, the mean over the held-out prompts, sixteen examples, five draws of them. Fine-tuned rows are language models that
-were trained with the examples in context, or without, from the base or from C. The paper's numbers (7B): fine-tuned 0-shot 55.4,
-HyperLlama 55.8, C 56.8, D 57.2, CD 57.2, fine-tuned 16-shot 61.2.""",
-    "prefix": """Accuracy on the held-out prompts of P3 after training a prefix of sixteen for each on its training rows, by what the prefix
-starts from; "hyper" starts from the gists that the run C above makes of sixteen examples; "text", "anchors" and "pooled" from keys and
-values of the same examples: of their first tokens, of their labels, and the mean of all (with a little noise). The paper's (7B): random with
+    "p3": """Accuracy, the mean over the held-out prompts, sixteen examples, five draws of them. Fine-tuned
+rows are language models that were trained with the examples in context, or without, from the base or from C.
+The paper's numbers (7B): fine-tuned 0-shot 55.4, HyperLlama 55.8, C 56.8, D 57.2, CD 57.2, fine-tuned 16-shot
+61.2.""",
+    "prefix": """Accuracy on the held-out prompts of P3 after training a prefix of sixteen for each on its
+training rows, by what the prefix starts from; "hyper" starts from the gists that the run C above makes of
+sixteen examples; "text", "anchors" and "pooled" from keys and values of the same examples: of their first
+tokens, of their labels, and the mean of all (with a little noise). The paper's (7B): random with
 reparametrisation 77.3, hyper 67.3, shared 59.0, random 57.7.""",
-    "sni": """ROUGE-L, the mean over the instances of the held-out tasks; two positive examples. "definition" and "definition and
-examples" are fine-tuned language models that see these in context. The paper gives an order and no numbers.""",
-    "symbol": """Accuracy, the mean over the held-out sets, 20 queries each, four examples per class; each run is the mean of ten draws of
-symbols, formats and examples. The paper gives an order and no numbers.""",
-    "text": """Loss per token on segment C after B, on held-out text, with the gists of A and D, which have 384 tokens: the run that made
-`tiny/llama-c`, one seed. "Before" is the base, which was trained on rows of at most 320 tokens.
-Share kept is (without - gists) / (without - in full), all after training. The picture shows P3's held-out tasks along the way, answered
-after the gists of 16 examples: no step is taken on any task.""",
-    "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the divergence from the base's
-answer with all examples in context; reconstruct: 0.5 × the loss of saying the examples again after the gists; both: these two; gists
-every 4: four gists after every four examples, rather than all at the end; gists spread: their positions lie evenly over the examples;
-emit lora: eight gists become low-rank updates, in about as many bytes as the keys and values of sixteen; chain of 2: 32 examples, the
-gists of the second sixteen see those of the first; anchors: no gists, the prefix is read at the last token of each example, and training
-starts from the column "label anchors". The teacher of "C distill" is C itself with the examples in context, see its column 16-shot.""",
+    "sni": """ROUGE-L, the mean over the instances of the held-out tasks; two positive examples. "definition"
+and "definition and examples" are fine-tuned language models that see these in context. The paper gives an
+order and no numbers.""",
+    "symbol": """Accuracy, the mean over the held-out sets, 20 queries each, four examples per class; each run
+is the mean of ten draws of symbols, formats and examples. The paper gives an order and no numbers.""",
+    "text": """Loss per token on segment C after B, on held-out text, with the gists of A and D, which have
+384 tokens: the run that made `tiny/llama-c`, one seed. "Before" is the base, which was trained on rows of at
+most 320 tokens. Share kept is (without - gists) / (without - in full), all after training. The picture shows
+P3's held-out tasks along the way, answered after the gists of 16 examples: no step is taken on any task.""",
+    "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the
+divergence from the base's answer with all examples in context; reconstruct: 0.5 × the loss of saying the
+examples again after the gists; both: these two; gists every 4: four gists after every four examples, rather
+than all at the end; gists spread: their positions lie evenly over the examples; emit lora: eight gists become
+low-rank updates, in about as many bytes as the keys and values of sixteen; chain of 2: 32 examples, the gists
+of the second sixteen see those of the first; anchors: no gists, the prefix is read at the last token of each
+example, and training starts from the column "label anchors". The teacher of "C distill" is C itself with the
+examples in context, see its column 16-shot.""",
 }
-
-
-PICTURES = {
+PICTURES = {  # table -> picture -> caption
     "text": {"hyperpretraining": "held-out tasks of P3 during hyperpretraining on text"},
     "p3": {"first-screen": "the row C as bars", "training": "held-out tasks of P3 during training, from C"},
     "prefix": {"prefix-tuning": "accuracy during prefix tuning"},
 }
 
 
+def folder_of(table: str, row: str) -> Path:
+    return ALL / table / row.replace(" ", "_")
+
+
 def job(table: str, row: str, options: str, seed: int) -> None:
     """One run, unless it is finished. What a killed run left is gone on with."""
-    out = ALL / table / row.replace(" ", "_") / f"seed{seed}"
+    out = folder_of(table, row) / f"seed{seed}"
     if (out / "results.json").exists():
         return
     program = "eval.py" if options.startswith("plain") else "train.py"
-    argv = options.removeprefix("plain").format(seed=seed).split() + ["--seed", str(seed), "--out", str(out)]
+    argv = [sys.executable, PROJECT / program, *options.removeprefix("plain").format(seed=seed).split()]
+    argv += ["--seed", str(seed), "--out", out]
     if program == "train.py" and (out / "args.json").exists():
         argv.append("--resume" if (out / "state.safetensors").exists() else "--overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
-    log, began = out.with_suffix(".log"), time.time()
+    log = out.with_suffix(".log")
+    began = time.time()
     with open(log, "w") as file:
-        ended = subprocess.run(
-            [sys.executable, PROJECT / program, *argv],
-            stdout=file,
-            stderr=file,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    print(
-        f"{'done' if ended.returncode == 0 else f'FAILED, see {log}'}  {out}  {time.time() - began:.0f} s",
-        flush=True,
-    )
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(argv, stdout=file, stderr=file, env=one_thread)
+    state = f"FAILED, see {log}" if ended.returncode else "done"
+    print(f"{state}  {out}  {time.time() - began:.0f} s", flush=True)
+
+
+def runs_of(table: str, row: str = "*") -> list[Path]:
+    """The folders of finished runs: of one row, or of all."""
+    return sorted(path.parent for path in ALL.glob(f"{table}/{row.replace(' ', '_')}/*/results.json"))
 
 
 def values(table: str, row: str) -> list[float]:
-    return [
-        read_results(path.parent)["average"]
-        for path in sorted((ALL / table / row.replace(" ", "_")).glob("*/results.json"))
-    ]
+    return [read_results(run)["average"] for run in runs_of(table, row)]
 
 
 def verdicts(table: str) -> list[str]:
-    """Whether each of the paper's orders holds here: the difference of the means against the standard deviation of the difference."""
+    """Whether each of the paper's orders holds here: the difference of the means against its deviation."""
     lines = []
     for above, below in ORDERS.get(table, ()):
-        a, b = values(table, above), values(table, below)
+        a = values(table, above)
+        b = values(table, below)
         if min(len(a), len(b)) < 2:
             continue
-        gap, spread = (
-            statistics.fmean(a) - statistics.fmean(b),
-            (statistics.variance(a) + statistics.variance(b)) ** 0.5,
-        )
+        gap = statistics.fmean(a) - statistics.fmean(b)
+        spread = (statistics.variance(a) + statistics.variance(b)) ** 0.5
         verdict = "holds" if gap > spread else "doesn't hold" if gap < -spread else "within the spread"
         lines.append(f"| {above} above {below} | {verdict} | {gap:+.1f} ± {spread:.1f} |")
     return ["| the paper's order | here | difference |", "|---|---|---|", *lines] if lines else []
 
 
 def costs(rows: list[Path], query: int = 32) -> list[str]:
-    """What the prefixes of some rows take at use."""
-    c, lines = read_config(Path("tiny/llama-c")), []
+    """Bytes of some rows' prefixes, and operations of a query of so many tokens after them."""
+    c = read_config(C_FOLDER)
+    head = f"| at use | bytes of a prefix | million operations of a query of {query} tokens |"
+    lines = [head, "|---|---|---|"]
     for row in rows:
         args = read_results(next(row.glob("*/results.json")).parent)["args"]
         size, operations = at_use(c, args, query, 4)
         lines.append(f"| {row.name.replace('_', ' ')} | {size:,} | {operations / 1e6:.1f} |")
-    return [
-        f"| at use | bytes of a prefix | million operations of a query of {query} tokens |",
-        "|---|---|---|",
-        *lines,
-    ]
+    return lines
 
 
 def write_results(path: Path) -> None:
-    text = ["# Results in miniature", "", "Made by `python -m tools.reproduce`: three seeds a row, mean ± standard deviation over them. The model has 1.0",
-            "million parameters and its world is a few hundred words: this shows that the mechanism works and what it takes, not how well a real",
-            "Llama-2 does. `tiny/llama` is the base, `tiny/llama-c` the same after compression hyperpretraining (C).", "",
-            "0-shot, few-shot and label anchors are the untouched model of that row, with nothing, with all examples in context, and with the keys",
-            "and values of BOS and of the examples' last tokens; \"base, …\" is that model before hyperpretraining. Controls: the answering model",
-            "without a prefix, with the gists of another task, with the keys and values of the examples mean-pooled to as many as there are gists,",
-            "and with whole examples in as many raw tokens (at least one). Seconds are those of training and evaluation, one thread a run; other work",
-            "shared the cores, so some are too many."]  # fmt: skip
+    text = [INTRO]
     for table, title in TITLES.items():
-        rows = [ALL / table / row.replace(" ", "_") for row in ROWS.get(table, ()) if values(table, row)]
+        counts = {row: len(runs_of(table, row)) for row in ROWS.get(table, ())}
+        rows = [folder_of(table, row) for row, count in counts.items() if count]
         if table == "text":
             rows = [C_FOLDER.parent]
-        short = [
-            f"{row.name} ({n})"
-            for row in rows
-            if table != "text" and (n := len(values(table, row.name))) < len(SEEDS)
-        ]
         if table == "helps" and rows:
-            rows = [ALL / "p3" / row for row in ("HyperLlama", "C") if values("p3", row)] + rows
-        if rows:
-            text += [
-                "",
-                f"## {title}",
-                "",
-                WORDS[table],
-                "",
-                compare(rows).replace("| tiny |", "| tiny/llama-c |"),
-                "",
-                *verdicts(table),
-            ]
-            text += ["", f"Fewer than three seeds: {', '.join(short)}."] if short else []
-            missing = [row for row in ROWS.get(table, ()) if not values(table, row)]
-            text += ["", f"Not run with this `tiny/llama-c`: {', '.join(missing)}."] if missing else []
-            text += ["", *costs(rows)] if table == "helps" else []
-        for name, caption in PICTURES.get(table, {}).items() if rows else ():
+            rows = [folder_of("p3", row) for row in ("HyperLlama", "C") if runs_of("p3", row)] + rows
+        if not rows:
+            continue
+        results = compare(rows).replace("| tiny |", "| tiny/llama-c |")
+        text += ["", f"## {title}", "", WORDS[table], "", results, "", *verdicts(table)]
+        short = [f"{folder_of(table, row).name} ({n})" for row, n in counts.items() if 0 < n < len(SEEDS)]
+        if short:
+            text += ["", f"Fewer than three seeds: {', '.join(short)}."]
+        missing = [row for row, count in counts.items() if not count]
+        if missing:
+            text += ["", f"Not run with this `tiny/llama-c`: {', '.join(missing)}."]
+        if table == "helps":
+            text += ["", *costs(rows)]
+        for name, caption in PICTURES.get(table, {}).items():
             text += ["", f"![{caption}](figures/{name}.png)"]
     path.write_text("\n".join(text) + "\n")
     print(f"written: {path}")
@@ -236,50 +240,39 @@ def write_results(path: Path) -> None:
 
 def draw(figures: Path) -> None:
     """The pictures, of the runs that their captions name."""
-    runs = {table: sorted(path.parent for path in (ALL / table).glob("*/*/results.json")) for table in ROWS}
     figures.mkdir(exist_ok=True)
     draw_mask(figures / "mask.png")
-    c = [path for path in runs["p3"] if path.parent.name == "C"]
-    pictures = {
-        "prefix-tuning": (runs["prefix"], None),
-        "training": (c, None),
-        "hyperpretraining": ([C_FOLDER], None),
-    }
-    pictures |= {name: (runs[name] and runs[name] + c, name) for name in ("gists", "shots")}
-    for name, (chosen, by) in pictures.items():
-        if chosen:
-            plot(chosen, figures / f"{name}.png", by)
+    plot([C_FOLDER], figures / "hyperpretraining.png")
+    c = runs_of("p3", "C")
+    prefixes = runs_of("prefix")
+    if prefixes:
+        plot(prefixes, figures / "prefix-tuning.png")
+    for by in ("gists", "shots"):
+        runs = runs_of(by)
+        if runs:
+            plot(runs + c, figures / f"{by}.png", by)
     if c:
+        plot(c, figures / "training.png")
         bars(c, figures / "first-screen.png")
-        subprocess.run(
-            [sys.executable, "-m", "tools.probe", c[0], "--sets", "3", "--out", figures / "probe.png"],
-            check=True,
-        )
+        probe = [sys.executable, "-m", "tools.probe", c[0], "--sets", "3", "--out", figures / "probe.png"]
+        subprocess.run(probe, check=True)
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--jobs", type=number(int, 1), default=2, help="runs at a time (2)")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=list(ROWS),
-        default=list(ROWS),
-        metavar="TABLE",
-        help=f"of {', '.join(ROWS)}",
-    )
+    tables = {"choices": list(ROWS), "default": list(ROWS), "help": f"of {', '.join(ROWS)}"}
+    parser.add_argument("--only", nargs="+", metavar="TABLE", **tables)
     asked = parser.parse_args()
     os.chdir(PROJECT)
     if shutil.disk_usage(".").free < 2 << 30:
         raise InputError("less than 2 GB of disk are free")
     with ThreadPoolExecutor(asked.jobs) as pool:
         for table in asked.only:  # one after the other: prefixes start from runs of P3
-            list(
-                pool.map(
-                    lambda one: job(table, *one),
-                    [(row, options, seed) for row, options in ROWS[table].items() for seed in SEEDS],
-                )
-            )
+            rows = ROWS[table].items()
+            jobs = [pool.submit(job, table, row, options, seed) for row, options in rows for seed in SEEDS]
+            for one in jobs:
+                one.result()
     draw(Path("figures"))
     write_results(Path("RESULTS.md"))
 
