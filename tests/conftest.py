@@ -1,4 +1,4 @@
-"""Small random models, in float32 on the CPU, grouped-query (K < H) unless a test says otherwise; commands."""
+"""Commands, and small random models in float32 on the CPU, with grouped queries."""
 
 import atexit
 import contextlib
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -48,16 +49,17 @@ def tokenizer():
 # ---------------------------------------------------------------------------------------- small models
 
 
-def config(kv_heads: int = 2) -> Config:
-    return Config(
+def config(kv_heads: int = 2, **changes) -> Config:
+    small = Config(
         vocab=50, width=32, layers=3, heads=4, kv_heads=kv_heads, head_size=8, hidden=40,
         norm_eps=1e-5, rope_theta=10000.0, max_positions=256,
     )  # fmt: skip
+    return replace(small, **changes)
 
 
-def random_llama(kv_heads: int = 2, seed: int = 0, linear: type[Linear] = Linear) -> Llama:
+def random_llama(kv_heads: int = 2, seed: int = 0, **changes) -> Llama:
     generator = torch.Generator().manual_seed(seed)
-    model = Llama(config(kv_heads), linear)
+    model = Llama(config(kv_heads, **changes), Linear)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -156,6 +158,15 @@ def part_of(task: str, train: int, held_out: int) -> Path:
     return folder
 
 
+def small_base() -> Path:
+    """A random model with the miniature's tokenizer, for runs whose answers nobody reads."""
+    folder, tokenizer = Path(tempfile.mkdtemp(prefix="hyperllama-tests-")), ROOT / "tiny" / "llama"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copy(tokenizer / "tokenizer.model", folder)
+    return write_hf(folder, random_llama(vocab=Tokenizer(tokenizer).size, max_positions=2048))
+
+
+SMALL = small_base()
 FEW_TASKS = part_of("p3", 4, 2)  # the two held-out tasks are of different datasets
 ONE_HELD_OUT = part_of("p3", 4, 1)
 SCORED = "--limit 2 --sets 1 --no-controls"  # how short runs are evaluated

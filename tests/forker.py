@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def arguments(*argv) -> list[str]:
-    """Words of a command: a string is divided at its spaces; a path is one word, and so is each item of a list."""
+    """Words of a command: a string is divided at spaces; a path is one word, and so is each item of a list."""
     words = []
     for part in argv:
         if isinstance(part, list):
@@ -32,9 +32,10 @@ def arguments(*argv) -> list[str]:
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
-    # What each fork would import otherwise: an optimizer, its state, the curve, the chapters.
+    # What each fork would import otherwise: an optimizer, its state, sharding, the curve, the chapters.
     import torch._dynamo  # noqa: F401
     import torch.distributed.checkpoint.state_dict  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
 
     import eval
     import run

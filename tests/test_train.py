@@ -18,6 +18,7 @@ from conftest import (
     ROOT,
     SCORED,
     SHORT,
+    SMALL,
     contents,
     needs_real_data,
     part_of,
@@ -38,10 +39,10 @@ from llama import load
 from lora import load_tensors, save_tensors
 from run import read_lines
 
-P3 = ["--task p3", SHORT]
-LR = "--optimizer adamw --lr 3e-3 --gist-lr 3e-3"
-TEXT = ["--task hyperpretrain --gists 4 --limit 2 --measure 0", LR]
-TEXT += ["--context 60 --shortest-context 40 --query-length 33 --batch-size 4"]
+P3 = ["--task p3", SHORT, "--model", SMALL]
+PREFIX = ["--task prefix", SHORT, "--model", SMALL]
+TEXT = ["--task hyperpretrain --gists 4 --limit 2 --measure 0 --batch-size 4 --model", SMALL]
+TEXT += ["--context 60 --shortest-context 40 --query-length 33 --optimizer adamw --lr 3e-3 --gist-lr 3e-3"]
 
 
 def tensors_of(out) -> dict:
@@ -87,9 +88,9 @@ def test_a_run_that_measures_also_says_where_it_began(tmp_path):
     said = train(plain, "--steps 1").stdout
     assert "before" not in said and said.splitlines()[-1].startswith("after ")
     assert results(plain)["before"] is None
-    said = train(measured, "--steps 4 --measure 2 --controls").stdout
+    said = train(measured, "--steps 2 --measure 1 --controls").stdout
     scores = [line for line in log_of(measured) if "score" in line]
-    assert [line["step"] for line in scores] == [0, 2, 4]
+    assert [line["step"] for line in scores] == [0, 2]
     first, last, after = scores[0], scores[-1], results(measured)
     assert first["before"] == after["before"]
     assert f"before {after['before']:.1f} → after {after['average']:.1f}" in said
@@ -161,7 +162,7 @@ def test_every_kind_of_run_trains_all_its_tensors_and_evaluates_the_same_later(t
 
 
 @pytest.mark.parametrize(
-    "task", [P3, TEXT, ["--task prefix --init propagate", SHORT]], ids=["p3", "hyperpretrain", "prefix"]
+    "task", [P3, TEXT, [*PREFIX, "--init propagate"]], ids=["p3", "hyperpretrain", "prefix"]
 )
 def test_checkpointed_activations_change_no_bit(tmp_path, task):
     for name, options in (("plain", ""), ("checkpointed", "--checkpoint-activations")):
@@ -195,12 +196,15 @@ def test_real_sni_files_train_and_evaluate(tmp_path):
 @pytest.mark.parametrize("init", "hyper shared random reparam propagate text anchors pooled".split())
 def test_every_start_of_prefix_tuning_runs_resumes_and_evaluates(tmp_path, hypernetwork, init):
     out = tmp_path / "run"
-    start = ["--task prefix --init", init, *(["--run", hypernetwork] if init == "hyper" else []), SHORT]
-    start += ["--batch-size 1 --measure 10 --steps 2 --save-every 1 --out", out]
+    start = [*PREFIX, "--init", init]
+    if init == "hyper":
+        start = ["--task prefix", SHORT, "--run", hypernetwork, "--measure 1"]
+    start += ["--batch-size 1 --steps 2 --save-every 1 --out", out]
     run(*start)
     log, after, tensors = log_of(out), results(out), tensors_of(out)
-    assert [line["step"] for line in log if "score" in line] == [0, 1, 2] and len(log[-1]["scores"]) == 2
-    assert after["average"] == pytest.approx(log[-1]["score"], abs=0.01)
+    if init == "hyper":
+        assert [line["step"] for line in log if "score" in line] == [0, 2] and len(log[-1]["scores"]) == 2
+        assert after["average"] == pytest.approx(log[-1]["score"], abs=0.01)
     run(out, SCORED, program="eval")
     assert results(out) == after
     (out / "results.json").unlink()
@@ -233,16 +237,14 @@ def test_the_same_command_twice_has_the_same_results_with_a_network_or_without(t
 # ------------------------------------------------------------------- the loss, however rows are divided
 
 FORMS = {
-    "plain": P3,
     "all terms, shared": [
         *P3, "--distill 1 --reconstruct 0.5 --weight-by-context --gists-every 2 --downstream shared",
     ],
     "chain": [*P3, "--chain 2 --distill 1"],
     "average": [*P3, "--average 2"],
     "emit": [*P3, "--emit lora"],
-    "prefix": ["--task prefix --init text", SHORT],
-    "text": TEXT,
-    "text, lm, reconstruct": [*TEXT, "--lm 0.5 --reconstruct 0.5"],
+    "prefix": [*PREFIX, "--init text"],
+    "text": [*TEXT, "--lm 0.5 --reconstruct 0.5"],
 }  # fmt: skip
 
 
@@ -250,9 +252,9 @@ FORMS = {
 def test_losses_depend_neither_on_processes_nor_on_accumulation(tmp_path, form):
     """Each term is a sum over tokens, divided by their number in the whole step; what is trained is the same."""
     start = [*FORMS[form], "--steps 2 --limit 1"]
-    processes = 3 if form == "plain" else 2
+    processes = 3 if form == "prefix" else 2
     one, divided, log = tmp_path / "one", tmp_path / "divided", tmp_path / "log"
-    several = "--batch-size 3 --accumulate 2" if form == "plain" else "--batch-size 2 --accumulate 3"
+    several = "--batch-size 3 --accumulate 2" if form == "prefix" else "--batch-size 2 --accumulate 3"
     pids = launch(log, *start, several, "--out", divided, processes=processes)
     run(*start, "--batch-size 6 --out", one)
     assert wait(pids) == [0] * processes, log.read_text()
@@ -286,19 +288,19 @@ def test_a_hyperpretrained_model_can_be_used(tmp_path):
     assert torch.equal(running.open_run(args).hyper.gists, gists)
 
 
-# Moments of writing until the state of the first checkpoint at step 2 is in place: args.json 2, log.jsonl 2,
-# its two lines 4, the state 2.
-STATE_OF_STEP_2 = 10
+def state_of(step: int) -> int:
+    """Moments of writing until the first state is in place: args.json 2, log.jsonl 2, two a line, the state 2."""
+    return 6 + 2 * step
 
 
 def test_another_number_of_processes_goes_on_with_a_sharded_run(tmp_path):
-    """FSDP: 4 steps by one process = 2 by two, killed, and 2 by one = 2 by one and 2 by two."""
-    start, log = [*TEXT, "--steps 4 --save-every 2"], tmp_path / "log"
+    """FSDP: 2 steps by one process = 1 by two, killed, and 1 by one = 1 by one and 1 by two."""
+    start, log = [*TEXT, "--steps 2 --save-every 1"], tmp_path / "log"
     run(*start, "--out", tmp_path / "one")
     for first, then in ((2, 1), (1, 2)):
         out = tmp_path / f"{first}-{then}"
-        statuses = wait(launch(log, *start, "--out", out, processes=first, kill_at=STATE_OF_STEP_2))
-        assert -signal.SIGKILL in statuses and len(losses(out)) == 2, log.read_text()
+        statuses = wait(launch(log, *start, "--out", out, processes=first, kill_at=state_of(1)))
+        assert -signal.SIGKILL in statuses and len(losses(out)) == 1, log.read_text()
         assert wait(launch(log, "--resume --out", out, processes=then)) == [0] * then, log.read_text()
         assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
         states = (load_tensors(folder / "state.safetensors")[0] for folder in (tmp_path / "one", out))
@@ -343,32 +345,23 @@ def test_ctrl_c_is_one_line_and_the_last_checkpoint_stays(tmp_path, kind):
     assert not out.exists(), "a run that ended before its first step leaves nothing"
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.6])
-def test_ctrl_c_while_a_command_starts_is_at_most_one_line(tmp_path, delay):
-    """Whatever is being imported at that moment. (Before 0.1 s nothing of ours has run.)"""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    argv = [sys.executable, "train.py", "--task", "p3", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(argv, cwd=ROOT, **pipes)
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT), errors
-    lines = [line for line in errors.splitlines() if "it/s" not in line and line.strip()]
-    assert lines in ([], ["interrupted"]), errors
-
-
-def test_ctrl_c_during_the_imports_ends_every_command_at_once(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+def test_ctrl_c_during_the_imports_is_at_most_one_line_for_every_command(tmp_path):
+    """While torch is imported; and later, for one of them."""
     tools = [path.stem for path in sorted((ROOT / "tools").glob("[a-z]*.py"))]
-    for start in (["train.py"], ["eval.py"], ["gist.py"], *(["-m", f"tools.{name}"] for name in tools)):
-        done = subprocess.run([sys.executable, *start], cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == -signal.SIGINT and done.stderr == "", start  # (a shell says 130)
+    commands = [["train.py"], ["eval.py"], ["gist.py"], *(["-m", f"tools.{name}"] for name in tools)]
+    for package, commands in (("torch", commands), ("sentencepiece", commands[:1])):
+        (tmp_path / package).mkdir()
+        fake = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+        (tmp_path / package / f"{package}.py").write_text(fake)
+        env = os.environ | {"PYTHONPATH": str(tmp_path / package)}
+        for start in commands:
+            argv = [sys.executable, *start]
+            done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+            assert done.returncode == -signal.SIGINT and done.stderr == "", start  # (a shell says 130)
 
 
 def test_an_interrupted_or_divided_evaluation_has_the_same_numbers(tmp_path, hypernetwork, monkeypatch):
     asked = [hypernetwork, "--limit 2 --sets 2"]
-    run(*asked, "--out", tmp_path / "whole", program="eval")
     scored, score = [], evaluation.score
 
     def counting(*args):
@@ -380,6 +373,10 @@ def test_an_interrupted_or_divided_evaluation_has_the_same_numbers(tmp_path, hyp
             raise KeyboardInterrupt
         return counting(*args)
 
+    monkeypatch.setattr(evaluation, "score", counting)
+    run(*asked, "--out", tmp_path / "whole", program="eval")
+    total = len(scored)
+    scored.clear()
     monkeypatch.setattr(evaluation, "score", interrupted)
     run(*asked, "--out", tmp_path / "cut", program="eval", status=130)
     (kept,) = (tmp_path / "cut").glob("scores-*.jsonl")
@@ -387,12 +384,8 @@ def test_an_interrupted_or_divided_evaluation_has_the_same_numbers(tmp_path, hyp
     with open(kept, "a") as file:
         file.write('["abc')  # a line that was torn
     monkeypatch.setattr(evaluation, "score", counting)
-    counts = []
-    for out in ("cut", "again"):
-        scored.clear()
-        run(*asked, "--out", tmp_path / out, program="eval")
-        counts.append(len(scored))
-    assert counts[0] + 7 == counts[1], "what was scored isn't scored again"
+    run(*asked, "--out", tmp_path / "cut", program="eval")
+    assert len(scored) == total, "what was scored isn't scored again"
     log = tmp_path / "log"
     pids = launch(log, *asked, "--out", tmp_path / "two", module="eval", processes=2)
     assert wait(pids) == [0, 0], log.read_text()
@@ -406,7 +399,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path):
     start = [*P3, "--steps 6 --save-every 2"]
     out, log = tmp_path / "cut", tmp_path / "log"
     assert wait(launch(log, *start, "--out", tmp_path / "whole")) == [0]
-    assert wait(launch(log, *start, "--out", out, kill_at=STATE_OF_STEP_2)) == [-signal.SIGKILL]
+    assert wait(launch(log, *start, "--out", out, kill_at=state_of(2))) == [-signal.SIGKILL]
     saved = (out / "state.safetensors").read_bytes()
     log.unlink()
     assert wait(launch(log, "--resume --out", out, most_bytes=len(saved) // 2)) == [2]
@@ -615,11 +608,12 @@ def test_two_commands_cannot_write_into_one_folder(tmp_path, finished):
 
 def test_a_run_folder_may_be_a_link_or_the_folder_we_are_in(tmp_path, monkeypatch):
     (tmp_path / "far" / "run").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "far" / "run")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "far" / "run")
     monkeypatch.chdir(tmp_path / "far" / "run")
-    for out, how in ((tmp_path / "link", ""), (tmp_path / "link", "--overwrite"), (Path("."), "--overwrite")):
+    for out, how in ((link, ""), (link, "--overwrite"), (Path("."), "--overwrite")):
         train(out, "--steps 1", how)
-        assert (tmp_path / "far" / "run" / "results.json").exists() and (tmp_path / "link").is_symlink()
+        assert (tmp_path / "far" / "run" / "results.json").exists() and link.is_symlink()
         monkeypatch.chdir(tmp_path / "far" / "run")
     assert [path.name for path in (tmp_path / "far").iterdir()] == ["run"]
 
