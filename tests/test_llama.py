@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, config, hf_tensors, random_hyper, random_llama, write_hf, write_meta
+from conftest import ROOT, config, hf_tensors, random_llama, write_hf, write_meta
 from safetensors.torch import save_file
 
 from llama import (
@@ -78,36 +78,6 @@ def test_padding_never_reaches_real_tokens():
         logits, _ = model(ragged(rows, fill))
         for row, out in zip(rows, logits):
             torch.testing.assert_close(out[: len(row)], model(torch.tensor([row]))[0][0], **TOLERANCE)
-
-
-def test_selected_positions_have_the_logits_of_the_full_pass():
-    model = random_llama()
-    x = tokens(3, 7)
-    select = torch.tensor([0, 6, 9, 20])
-    full = model(x)[0].flatten(0, 1)[select]
-    torch.testing.assert_close(model(x, select=select)[0], full, **TOLERANCE)
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("offset", [None, (5, 9)])
-@pytest.mark.parametrize("adapter", [None, "hyper"])
-@pytest.mark.parametrize("before", ["nothing", "a past", "a past of which a part is real"])
-def test_keys_and_values_at_kept_positions_are_those_of_the_full_pass(layers, offset, adapter, before):
-    model = random_hyper("hyper").model
-    model.layers = model.layers[:layers]
-    x = tokens(2, 7)
-    kept = torch.tensor([[0, 3, 6], [2, 3, 4]])
-    how = {"offset": None if offset is None else int_tensor(offset), "adapter": adapter}
-    if before != "nothing":
-        how |= {"past": model(tokens(2, 3))[1], "offset": int_tensor(offset or (3, 3))}
-    if before == "a past of which a part is real":
-        how["mask"] = causal_mask_after(torch.tensor([[True, False, True], [False, True, True]]), 7)
-    some = model.keys_values(x, kept, **how)
-    _, everywhere = model(x, **how)
-    for layer, all_of_layer in zip(some, everywhere, strict=True):
-        for y, all_y in zip(layer, all_of_layer, strict=True):  # keys, then values
-            for row in range(2):
-                torch.testing.assert_close(y[row], all_y[row, :, kept[row] - 7], **TOLERANCE)
 
 
 def test_tokens_see_the_real_part_of_a_past_and_what_came_before_them():
@@ -352,20 +322,6 @@ def test_llama_2_has_its_published_number_of_parameters_and_positions(tmp_path, 
 
 
 # ----------------------------------------------------------------------------- against transformers
-
-
-def test_logits_equal_those_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    c = config()
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps,
-    )).eval()  # fmt: skip
-    theirs.save_pretrained(tmp_path)
-    x = tokens(2, 30)
-    with torch.no_grad():
-        torch.testing.assert_close(load(tmp_path)(x)[0], theirs(x).logits, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-c"])

@@ -1,6 +1,5 @@
 """The command: real runs of a few steps, resuming, several processes, bad input."""
 
-import json
 import os
 import shutil
 import signal
