@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def arguments(*argv) -> list[str]:
-    """Words of a command: a string is divided at spaces; a path is one word, and so is each item of a list."""
+    """The words of a command: a string is divided at spaces; a path or an item of a list is one word."""
     words = []
     for part in argv:
         if isinstance(part, list):

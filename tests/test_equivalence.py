@@ -567,7 +567,7 @@ def pooled_by_hand(hyper, shots: list[Example]):
 
 
 def anchored_by_hand(hyper, shots: list[Example]):
-    """A function that reads rows which see BOS and the last token of each example, and nothing else of them."""
+    """A function that reads rows which see of the examples BOS and the last token of each, and no other."""
     context, kept = [BOS], [0]
     for example in shots:
         context = context + shot(example)

@@ -1,4 +1,4 @@
-"""Gisting: two passes and the joint pass are the same thing; prefixes without gists, as files, in the lecture.
+"""Gisting: two passes and the joint pass are the same; prefixes without gists, as files, in the lecture.
 
 `test_equivalence.py` compares what training and evaluation call, and the chapters of further/, with one row.
 """

@@ -193,8 +193,15 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
             assert heading in anchors, f"{target}#{heading}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, "tests/FAULTS.md"])
+def test_a_test_that_a_page_names_is_there(page):
+    there = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", read(page)):
+        assert f"def {name}(" in there, name
+
+
 def test_nothing_that_git_is_to_ignore_is_kept_in_it():
-    """What commands of a page leave behind (my.safetensors, …) would stop the same commands in a fresh clone."""
+    """What commands of a page leave behind would stop the same commands in a fresh clone."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     listed = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]

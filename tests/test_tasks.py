@@ -579,7 +579,7 @@ def agrees(pairs: list[tuple[set[str], str]], groups: list[list[str]], labels: l
 
 
 def test_no_text_goes_together_as_a_held_out_task_does():
-    """Neither a grouping of P3 with its labels, nor a definition of S-NI, nor the topics of a set to classify."""
+    """No grouping of P3 with its labels, no definition of S-NI, no topics of a set to classify."""
     _, p3 = world.p3(random.Random("p3 0"))
     held_out = product(world.PICKS, (form for form in world.FORMS if world.FORMS[form]))
     tasks = [world.Instruction(*both, r"\w+", told=True) for both in held_out if world.is_held_out(*both)]

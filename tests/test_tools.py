@@ -405,7 +405,8 @@ def test_a_picture_says_what_it_shows(tmp_path, monkeypatch):
     (unmeasured / "log.jsonl").write_text("")
     for name, message in (("a.png", "nothing to draw"), ("curves", "ends in .png")):
         assert message in refusal("plot", unmeasured, "--out", tmp_path / name, program="report")
-    assert "not the folder of a run" in refusal("plot", tmp_path, "--out", tmp_path / "a.png", program="report")
+    no_run = ["plot", tmp_path, "--out", tmp_path / "a.png"]
+    assert "not the folder of a run" in refusal(*no_run, program="report")
 
 
 def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apart(tmp_path, monkeypatch):
