@@ -201,25 +201,17 @@ def test_equal_weights_have_one_checksum_in_every_format_and_division_into_files
     assert len(checksums) == 1 and checksums != {""}
 
 
-def test_other_weights_in_any_layer_another_tokenizer_or_rotation_have_another_checksum(tmp_path, deep_llama):
+def test_swapped_weights_another_tokenizer_or_rotation_have_another_checksum(tmp_path, deep_llama):
+    """That every tensor counts is said in test_equivalence.py."""
     folder = write_hf(tmp_path / "hf", deep_llama)
     good = hf_tensors(deep_llama)
-    of_layers = [[name for name in good if f"layers.{i}." in name] for i in range(11)]
-    changed = [names[i % 9] for i, names in enumerate(of_layers)]  # another of the nine kinds in each
-    changed += [name for name in good if "layers" not in name]
-    changes = [{name: 2 * good[name]} for name in changed]
-    swapped = ["model.norm.weight", "model.layers.3.input_layernorm.weight"]
-    changes.append(dict(zip(swapped, (good[name] for name in reversed(swapped)))))
-    assert len(changes) == 11 + 3 + 1
     checksums = [load(folder).checksum]
-    for change in changes:
-        save_file(good | change, folder / "model.safetensors")
-        checksums.append(load(folder).checksum)
-    other_heads = {
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 4,
-    }  # matrices of equal shapes
+    swapped = ["model.norm.weight", "model.layers.3.input_layernorm.weight"]
+    others = dict(zip(swapped, (good[name] for name in reversed(swapped))))
+    save_file(good | others, folder / "model.safetensors")
+    checksums.append(load(folder).checksum)
+    # (matrices of equal shapes)
+    other_heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
     for change in ({"rope_theta": 5000.0}, {"rms_norm_eps": 1e-6}, other_heads):
         checksums.append(load(write_hf(folder, deep_llama, **change)).checksum)
     write_hf(folder, deep_llama)

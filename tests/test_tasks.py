@@ -45,28 +45,13 @@ def all_of(folder, split="train"):
 # ------------------------------------------------------------------------------------ rows of files
 
 
-def test_a_split_must_have_all_its_files(tmp_path):
-    for number in (0, 2):
-        write_jsonl(tmp_path / f"train.jsonl-0000{number}-of-00003", [("a", "b", ["b", "c"])])
-    with pytest.raises(InputError, match="not all of the 3 files of the train split"):
-        Split(tmp_path, "train")
-    write_jsonl(tmp_path / "train.jsonl-00001-of-00003", [("a", "b", ["b", "c"])])
-    assert len(Split(tmp_path, "train")) == 3
-
-
-def test_tfrecord_and_jsonl_hold_the_same_examples(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    write_jsonl(tmp_path / "a" / "train.jsonl", ROWS)
-    write_tfrecord(tmp_path / "b" / "train.tfrecord-00000-of-00001", ROWS)
-    assert all_of(tmp_path / "a") == all_of(tmp_path / "b")
-    assert all_of(tmp_path / "a")[1] == Example("Größe — 大きい?", "no", ("yes", "no"))
-
-
-def test_parquet_and_jsonl_hold_the_same_examples(tmp_path):
+def test_tfrecord_parquet_and_jsonl_hold_the_same_examples(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_tfrecord(tmp_path / "test.tfrecord-00000-of-00001", ROWS)
+    assert all_of(tmp_path) == all_of(tmp_path, "test")
+    assert all_of(tmp_path)[1] == Example("Größe — 大きい?", "no", ("yes", "no"))
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
     fields = ("inputs_pretokenized", "targets_pretokenized", "answer_choices")
     table = pyarrow.Table.from_pylist([dict(zip(fields, row)) for row in ROWS])
     parquet.write_table(table, tmp_path / "validation-00000-of-00001.parquet", row_group_size=2)
@@ -90,20 +75,16 @@ def test_real_tfrecords_hold_the_examples_of_their_jsonl(name, split):
 
 
 @pytest.mark.parametrize("reader, write", [(JsonLines, write_jsonl), (TFRecords, write_tfrecord)])
-def test_a_split_over_several_files_is_read_whole(tmp_path, reader, write):
+def test_a_split_over_several_files_is_read_whole_or_not_at_all(tmp_path, reader, write):
     ending = "jsonl" if reader is JsonLines else "tfrecord"
-    for shard in range(3):
+    for shard in (0, 2, 1):
         write(tmp_path / f"train.{ending}-{shard:05}-of-00003", ROWS[shard : shard + 1])
+        if shard == 2:
+            with pytest.raises(InputError, match="not all of the 3 files of the train split"):
+                Split(tmp_path, "train")
     assert [e.target for e in all_of(tmp_path)] == ["yes", "no", "maybe"]
     with pytest.raises(IndexError):
         Split(tmp_path, "train")[3]
-
-
-@pytest.mark.parametrize("end", ["", "\n"])
-def test_the_last_line_of_a_jsonl_file_is_read(tmp_path, end):
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": 2}' + end)
-    rows = JsonLines(tmp_path / "x.jsonl")
-    assert [rows[i]["a"] for i in range(len(rows))] == [1, 2]
 
 
 def test_the_checksum_is_crc32c():
@@ -137,6 +118,7 @@ PAIR = '"inputs_pretokenized": "a", "targets_pretokenized": "b"'
     ('{"inputs_pretokenized": 3, "targets_pretokenized": "b"}', "inputs_pretokenized is missing or not text"),
     (f'{{{PAIR}, "answer_choices": "b"}}', "not a list"),
     (f'{{{PAIR}, "answer_choices": [1]}}', "answer_choices is missing"),
+    ('{"inputs_pretokenized": "half \\ud800", "targets_pretokenized": "b"}', "row 2 of train: .*: not text"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, message):
     write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
@@ -147,19 +129,12 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 
 def test_blank_lines_are_no_rows_and_lines_keep_their_numbers(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n  \r\n{"a": 2}\nno\n\n')
-    rows = JsonLines(tmp_path / "a.jsonl")
-    assert len(rows) == 3 and [rows[i]["a"] for i in range(2)] == [1, 2]
+    for end in ("", "\n\n"):
+        (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n  \r\n{"a": 2}\nno' + end)
+        rows = JsonLines(tmp_path / "a.jsonl")
+        assert len(rows) == 3 and [rows[i]["a"] for i in range(2)] == [1, 2]
     with pytest.raises(InputError, match="a.jsonl: line 5: not JSON"):
         rows[2]
-
-
-def test_text_that_is_not_unicode_is_refused_with_its_place(tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
-    with open(tmp_path / "train.jsonl", "a") as file:
-        file.write('{"inputs_pretokenized": "half \\ud800", "targets_pretokenized": "yes"}\n')
-    with pytest.raises(InputError, match="row 2 of train: inputs_pretokenized: not text .it is not UTF-8"):
-        all_of(tmp_path)
 
 
 def test_copies_of_a_file_are_not_data(tmp_path):

@@ -133,10 +133,7 @@ KINDS = {
         "--method fewshot",
         "--method zeroshot",
     ],
-    "symbol": [
-        "--method fewshot",
-        "--distill 1 --reconstruct 0.5 --gists-every 2 --weight-by-context",
-    ],
+    "symbol": ["--method fewshot", "--distill 1 --reconstruct 0.5 --gists-every 2 --weight-by-context"],
     "sample": [""],
 }
 
@@ -288,7 +285,7 @@ def test_a_hyperpretrained_model_can_be_used(tmp_path):
 
 
 def state_of(step: int) -> int:
-    """Moments of writing until this first state is in place: args.json, log.jsonl, lines, the state; two each."""
+    """Moments of writing until its state, the first, is in place: args.json, log, lines, state; two each."""
     return 6 + 2 * step
 
 
