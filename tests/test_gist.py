@@ -336,7 +336,7 @@ def test_the_lecture_uses_the_trained_run_or_says_that_there_is_none(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "p3-hyper-frozen-seed0").symlink_to(hypernetwork)
     lesson = lecture.open_lesson(2)
-    assert "after 2 steps" in lesson.model_name and len(lesson.prompts) == 6 and len(lesson.hyper.gists) == 4
+    assert "after 2 steps" in lesson.model_name and len(lesson.prompts) == 4 and len(lesson.hyper.gists) == 4
     trained, _ = load_tensors(hypernetwork / "adapters.safetensors")
     assert torch.equal(lesson.hyper.gists, trained["gists"])
     lecture.draw(lesson, tmp_path / "figures")

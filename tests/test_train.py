@@ -516,8 +516,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_a_finished_run_is_neither_overwritten_nor_resumed_as_another(tmp_path, finished):
     before = contents(finished)
-    assert "--overwrite" in refusal(*P3, "--steps 2 --out", finished)
-    assert "seed = 3, but the run has 0" in refusal(*P3, "--steps 2 --resume --seed 3 --out", finished)
+    start = ["--task p3", SHORT, "--steps 2 --out", finished]
+    assert "--overwrite" in refusal(*start)
+    assert "seed = 3, but the run has 0" in refusal(*start, "--resume --seed 3")
     assert contents(finished) == before
     kept = results(finished)
     run("--resume --out", finished)  # needs no other option
