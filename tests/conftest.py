@@ -1,18 +1,21 @@
-"""Small random models, grouped-query (K < H) unless a test says otherwise, in float32 on the CPU; commands as tests run them."""
+"""Commands, and small random models in float32 on the CPU, with grouped queries."""
 
 import atexit
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from forker import arguments
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +37,7 @@ evaluation.MAX_NEW_TOKENS = 16  # (untrained models never end an answer)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Products of small models don't fill two; and two jobs with two threads each would wait for one another."""
+    """Products of small models don't fill two; and two jobs of two threads would wait for one another."""
     torch.set_num_threads(1)
 
 
@@ -46,16 +49,17 @@ def tokenizer():
 # ---------------------------------------------------------------------------------------- small models
 
 
-def config(kv_heads: int = 2) -> Config:
-    return Config(
+def config(kv_heads: int = 2, **changes) -> Config:
+    small = Config(
         vocab=50, width=32, layers=3, heads=4, kv_heads=kv_heads, head_size=8, hidden=40,
         norm_eps=1e-5, rope_theta=10000.0, max_positions=256,
     )  # fmt: skip
+    return replace(small, **changes)
 
 
-def random_llama(kv_heads: int = 2, seed: int = 0, linear: type[Linear] = Linear) -> Llama:
+def random_llama(kv_heads: int = 2, seed: int = 0, **changes) -> Llama:
     generator = torch.Generator().manual_seed(seed)
-    model = Llama(config(kv_heads), linear)
+    model = Llama(config(kv_heads, **changes), Linear)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -106,13 +110,19 @@ def write_meta(folder, model, shards: int):
     """The same weights as Meta publishes them: other names, neighbouring rotary pairs, split shards."""
     c = model.config
     folder.mkdir()
-    multiple = {"dim": c.width, "n_layers": c.layers, "n_heads": c.heads, "n_kv_heads": c.kv_heads, "multiple_of": 40,
-                "ffn_dim_multiplier": 0.45, "norm_eps": c.norm_eps, "vocab_size": c.vocab}  # fmt: skip
-    (folder / "params.json").write_text(json.dumps(multiple))
-    names = {"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.q_proj": "attention.wq",
-             "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-             "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
-             "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    params = {
+        "dim": c.width, "n_layers": c.layers, "n_heads": c.heads, "n_kv_heads": c.kv_heads, "multiple_of": 40,
+        "ffn_dim_multiplier": 0.45, "norm_eps": c.norm_eps, "vocab_size": c.vocab,
+    }  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(params))
+    names = {
+        "embed_tokens": "tok_embeddings", "lm_head": "output",
+        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
     axes = {"tok_embeddings": 1, "wo": 1, "w2": 1, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0}
     parts = [{"rope.freqs": torch.ones(4)} for _ in range(shards)]
     for name, p in model.named_parameters():
@@ -131,28 +141,36 @@ def write_meta(folder, model, shards: int):
 # -------------------------------------------------------------------------------------------- commands
 
 
-def few_tasks(held_out: int = 3) -> Path:
-    """A P3 folder of eight training tasks and few held-out ones of the miniature: commands start and evaluate sooner."""
-    folder, source = Path(tempfile.mkdtemp(prefix="hyperllama-tests-")) / "P3", ROOT / "tiny" / "P3"
+def part_of(task: str, train: int, held_out: int) -> Path:
+    """A folder with few of the miniature's tasks: commands start and evaluate sooner."""
+    source = ROOT / "tiny" / {"p3": "P3", "sni": "natural-instructions"}[task]
+    lists, tasks = {"p3": ("splits", "."), "sni": ("splits/default", "tasks")}[task]
+    folder = Path(tempfile.mkdtemp(prefix="hyperllama-tests-")) / source.name
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
-    (folder / "splits").mkdir(parents=True)
-    for part, count in (("train", 8), ("test", held_out)):
-        names = (source / "splits" / f"{part}_tasks.txt").read_text().split()[:count]
-        (folder / "splits" / f"{part}_tasks.txt").write_text("\n".join(names))
+    for name in (lists, tasks):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for part, count in (("train", train), ("test", held_out)):
+        names = (source / lists / f"{part}_tasks.txt").read_text().split()[:count]
+        (folder / lists / f"{part}_tasks.txt").write_text("\n".join(names))
         for name in names:
-            (folder / name).symlink_to(source / name)
+            path = Path(tasks, name if task == "p3" else f"{name}.json")
+            (folder / path).symlink_to(source / path)
     return folder
 
 
-FEW_TASKS = few_tasks()
-ONE_HELD_OUT = few_tasks(1)
-SCORED = ["--limit", "2", "--sets", "1", "--no-controls"]  # how short runs are evaluated
-SHORT = [
-    "--data",
-    str(FEW_TASKS),
-    *"--batch-size 2 --shots 4 --gists 4 --lr 0.01 --measure 0".split(),
-    *SCORED,
-]
+def small_base() -> Path:
+    """A random model with the miniature's tokenizer, for runs whose answers nobody reads."""
+    folder, tokenizer = Path(tempfile.mkdtemp(prefix="hyperllama-tests-")), ROOT / "tiny" / "llama"
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copy(tokenizer / "tokenizer.model", folder)
+    return write_hf(folder, random_llama(vocab=Tokenizer(tokenizer).size, max_positions=2048))
+
+
+SMALL = small_base()
+FEW_TASKS = part_of("p3", 4, 2)  # the two held-out tasks are of different datasets
+ONE_HELD_OUT = part_of("p3", 4, 1)
+SCORED = "--limit 2 --sets 1 --no-controls"  # how short runs are evaluated
+SHORT = ["--data", FEW_TASKS, *f"--batch-size 2 --shots 4 --gists 4 --lr 0.01 --measure 0 {SCORED}".split()]
 MAINS = {
     "train": training.main,
     "eval": evaluation.main,
@@ -167,7 +185,7 @@ MAINS = {
 def run(*argv, program="train", status=0):
     """The command in this process, which spares the imports."""
     stdout, stderr, ended = io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", [program, *map(str, argv)]):
+    with mock.patch.object(sys, "argv", [program, *arguments(*argv)]):
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             try:
                 run_command(MAINS[program])
@@ -179,12 +197,34 @@ def run(*argv, program="train", status=0):
 
 
 def train(out, *argv, status=0):
-    return run("--task", "p3", *SHORT, "--out", out, *argv, status=status)
+    return run("--task p3", SHORT, "--out", out, *argv, status=status)
+
+
+def refusal(*argv, program="train") -> str:
+    """The one line that a command ends with, whatever its progress bars have shown before."""
+    lines = re.split(r"[\r\n]+", run(*argv, program=program, status=2).stderr)
+    (line,) = [line for line in lines if line.strip() and "%|" not in line]
+    return line
+
+
+def results(out: Path) -> dict:
+    """Without its seconds, which no two runs share."""
+    return json.loads((out / "results.json").read_text()) | {"seconds": None}
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="session")
 def hypernetwork(tmp_path_factory):
-    """A finished run of two steps."""
+    """A finished run of two steps. (Tests that change it take a copy.)"""
     out = tmp_path_factory.mktemp("runs") / "hyper"
-    train(out, "--steps", "2", "--no-controls")
+    train(out, "--steps 2")
     return out
+
+
+@pytest.fixture
+def finished(tmp_path, hypernetwork):
+    """A copy of it."""
+    return Path(shutil.copytree(hypernetwork, tmp_path / "run"))

@@ -4,6 +4,8 @@ The server never computes a tensor, so no thread pool is lost in a fork. A comma
 write: every replaced file is two moments (before and after it takes its place), every line of a log is one.
 """
 
+import atexit
+import contextlib
 import json
 import os
 import resource
@@ -17,13 +19,31 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def arguments(*argv) -> list[str]:
+    """The words of a command: a string is divided at spaces; a path or an item of a list is one word."""
+    words = []
+    for part in argv:
+        if isinstance(part, list):
+            words += map(str, part)
+        else:
+            words += part.split() if isinstance(part, str) else [str(part)]
+    return words
+
+
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
-    import torch._dynamo  # noqa: F401  an optimizer would import it in each fork
+    # What each fork would import otherwise: an optimizer, its state, sharding, the curve, the chapters.
+    import torch._dynamo  # noqa: F401
+    import torch.distributed.checkpoint.state_dict  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
 
     import eval
+    import run
     import train  # noqa: F401
 
+    with contextlib.suppress(ImportError):
+        import matplotlib.figure  # noqa: F401
+    run.all_options()
     eval.MAX_NEW_TOKENS = 16  # (untrained models never end an answer)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -119,6 +139,12 @@ class Server:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
         assert self.process.stdout.readline() == "ready\n"
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """Waited for, so that its time counts as the tests'."""
+        self.process.stdin.close()
+        self.process.wait()
 
     def ask(self, **request) -> int:
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -146,7 +172,7 @@ def launch(log, *argv, module="train", processes=1, kill_at=0, most_bytes=0) -> 
     for rank in range(processes):
         env = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if shared else {})
         faults = {"kill_at": kill_at, "most_bytes": most_bytes}
-        request = {"module": module, "argv": list(map(str, argv)), "env": env, "log": str(log)}
+        request = {"module": module, "argv": arguments(*argv), "env": env, "log": str(log)}
         pids.append(SERVER[0].ask(**request, **faults))
     return pids
 

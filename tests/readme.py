@@ -1,7 +1,7 @@
 """The pages as programs: every command of README.md, and then of docs/*.md, is run.
 
-    python -m tests.readme              all pages, in a fresh clone of HEAD; --here: in a copy of the working tree
-    python -m tests.readme docs/tasks.md     the pages that are named
+    python -m tests.readme          all pages, in a fresh clone of HEAD; --here: in a copy of the working tree
+    python -m tests.readme docs/tasks.md        the pages that are named
 
 Blocks ```sh and ```python run in order, in one folder and in this environment: later ones see what earlier
 ones made, and pages of docs/ what README.md made. Where README.md isn't among the pages that are named, a run

@@ -172,29 +172,6 @@ def test_a_target_may_end_as_an_example_in_a_row_does(tokenizer):
     assert Formatter(tokenizer, 200, 60).training_target(episode, "kilo")[-1] == tokenizer.eos
 
 
-def test_several_sets_divide_the_examples_of_an_episode_among_the_pieces_of_a_batch(tokenizer):
-    def contexts(formatter, episode, gist_ids):
-        return [context for part in episode.split(3) for context in one_context(formatter, part, gist_ids)]
-
-    batches = tiny_batches(tokenizer, compression=Compression(contexts, sets=3))
-    batch = batches(0, range(2))
-    assert len(batch.context) == 3 and all(rows.kept.shape == (2, 2) for rows in batch.context)
-    counts = [tokenizer.decode(rows.tokens[0].tolist()).count("\nOutput:\n") for rows in batch.context]
-    assert counts == [5, 5, 5], "--shots of each"
-
-
-def test_the_query_is_never_among_its_own_shots(tokenizer, tmp_path):
-    rows = [(f"question {i % 6}", "yes", ["yes", "no"]) for i in range(12)]  # every question twice
-    write_jsonl(tmp_path / "train.jsonl", rows)
-    batches = tiny_batches(tokenizer, tasks=one_task(tmp_path))
-    for step in range(20):
-        batch = batches(0, range(step, step + 3))
-        for n, b in enumerate(batch.row.tolist()):
-            query = tokenizer.decode(batch.tokens[n].tolist()[1:]).split("\n")[2]
-            words = [t for t in batch.context[0].tokens[b].tolist()[1:] if t < 2000]
-            assert query.startswith("question") and query not in tokenizer.decode(words).split("\n")
-
-
 def test_a_target_longer_than_the_budget_is_left_out(tokenizer, tmp_path):
     long = " ".join(["word"] * 200)
     write_jsonl(tmp_path / "train.jsonl", [(f"q{i}", long if i % 2 else "yes", []) for i in range(40)])

@@ -213,6 +213,55 @@ def test_the_plain_model_is_a_llama(adapter):
     torch.testing.assert_close(plain(hyper, [row], adapter)[0], expected.float(), **NEAR)
 
 
+# ------------------------------------------------------------------------ examples and gists in a row
+
+WAYS = {
+    "paper": {},
+    "spread": {"gists_spread": True},
+    "among": {"gists_every": 2},
+    "fusion": {"fuse_instruction": True},
+    "concat": {"concat": 2},
+    "chain": {"chain": 2},
+}
+
+
+class Laid(NamedTuple):
+    """Instruction, examples and gists as one row, before a query."""
+
+    tokens: list[int]
+    positions: list[int]
+    visible: torch.Tensor  # [T, T]
+    left: torch.Tensor  # [T] what a query sees of it
+
+
+def lay_out(way: str, episode: Episode) -> Laid:
+    start, examples = [BOS, *encode(episode.instruction)], [*map(shot, episode.shots)]
+    segments = [start + sum(examples, []) + GISTS]
+    if way in ("concat", "chain"):
+        segments = [start + sum(examples[n::2], []) + GISTS for n in range(2)]
+    if way == "among":
+        parts = max(1, -(-len(examples) // 2))
+        segments = []
+        for n in range(parts):
+            gists = GISTS[n * G // parts : (n + 1) * G // parts]
+            segments.append(sum(examples[2 * n : 2 * n + 2], start if n == 0 else []) + gists)
+    tokens = sum(segments, [])
+    positions = [*range(len(tokens))]
+    number = torch.tensor([n for n, segment in enumerate(segments) for _ in segment])
+    is_gist = torch.tensor(tokens) >= 50
+    if way == "concat":  # the gists of the second set follow those of the first
+        ends = [(n + 1) * G for n in range(2)]
+        positions = [p for end, segment in zip(ends, segments) for p in range(end - len(segment), end)]
+    if way == "spread":  # when a g-th of the tokens is read
+        T = len(tokens) - G
+        positions[T:] = [T * g // G - 1 for g in range(1, G + 1)]
+    same = number[:, None] == number
+    visible = (same if way == "concat" else same | is_gist).tril()
+    left = is_gist.clone()
+    left[: len(start)] |= way == "fusion" and episode.instruction != ""
+    return Laid(tokens, positions, visible, left)
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -323,12 +372,13 @@ LOOP = {"accumulate": 2, "batch_size": 2, "lr": 0.01, "gist_lr": 0.01}
 TERMS = {"weight_by_context": True, "distill": 0.5, "reconstruct": 0.3}
 
 
-def means_by_hand(hyper, episodes: list[Episode]) -> dict[str, torch.Tensor]:
+def means_by_hand(hyper, episodes: list[Episode], way: str) -> dict[str, torch.Tensor]:
     """The terms of the loss, each a mean over its tokens: of targets, or of examples that are said again."""
-    pairs = pairs_by_hand(episodes, after_gists)
-    in_context = pairs_by_hand(episodes, lambda episode: shots_row(episode.shots))
+    as_read = {"chain": lambda shots: shots[0::2] + shots[1::2]}.get(way, list)  # the order of the examples
+    pairs = pairs_by_hand(episodes, lambda episode: lay_out(way, episode).tokens + [BOS])
+    in_context = pairs_by_hand(episodes, lambda episode: shots_row(as_read(episode.shots)))
     alone = pairs_by_hand(episodes, lambda episode: [BOS])
-    again = [(shots_row(e.shots) + GISTS + [EOS], shots_row(e.shots)[1:]) for e in episodes]
+    again = [(lay_out(way, e).tokens + [EOS], shots_row(as_read(e.shots))[1:]) for e in episodes]
     logits = logits_by_hand(lambda rows: joint(hyper, rows), pairs)
     losses = torch.cat(losses_of(logits, pairs))
     with torch.no_grad():
@@ -339,29 +389,36 @@ def means_by_hand(hyper, episodes: list[Episode]) -> dict[str, torch.Tensor]:
     student = torch.cat(logits).log_softmax(-1)
     return {
         "targets": losses.mean(),
-        "weighted": (gain.clamp(min=0.1) * losses).mean(),
+        "weight_by_context": (gain.clamp(min=0.1) * losses).mean(),
         "distill": (teacher.exp() * (teacher - student)).sum(-1).mean(),
         "reconstruct": torch.cat(losses_by_hand(lambda rows: joint(hyper, rows), again)).mean(),
     }
 
 
-STEPS = {str(name): (name, {}) for name in DOWNSTREAM} | {"terms": ("downstream", TERMS)}
+STEPS = {str(name): (name, "paper", {}) for name in DOWNSTREAM}
+STEPS |= {
+    "terms": ("downstream", "paper", TERMS),
+    "terms, among": ("downstream", "among", TERMS),
+    "terms, chain": ("downstream", "chain", TERMS | {"reconstruct": 0.0}),
+}
 
 
-@pytest.mark.parametrize("downstream, terms", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("downstream, way, terms", STEPS.values(), ids=STEPS)
 def test_the_loss_of_a_step_is_the_sum_over_its_target_tokens_divided_by_their_number(
-    tmp_path, downstream, terms
+    tmp_path, downstream, way, terms
 ):
     """EOS included; two batches in the step. The same of each further term and its tokens."""
-    run, other = run_of(random_hyper(downstream), steps=1, **LOOP, **terms), random_hyper(downstream)
+    options = LOOP | WAYS[way] | terms
+    run, other = run_of(random_hyper(downstream), steps=1, **options), random_hyper(downstream)
     batches, episodes = recorded_batches(run)
     training.train(run, batches, tmp_path)
-    counts = [len(pair[1]) for pair in pairs_by_hand(episodes, after_gists)]
+    counts = [len(target) for _, target in pairs_by_hand(episodes, after_gists)]
     assert len(counts) == 16 and sum(counts[:8]) != sum(counts[8:])
-    means = means_by_hand(other, episodes)
+    means = means_by_hand(other, episodes, way)
     loss = means["targets"]
     if terms:
-        loss = means["weighted"] + 0.5 * means["distill"] + 0.3 * means["reconstruct"]
+        further = (terms[name] * means[name] for name in ("distill", "reconstruct"))
+        loss = means["weight_by_context"] + sum(further)
     loss.backward()
     norm = torch.cat([gradient.flatten() for gradient in gradients(other).values()]).norm()
     (line,) = log_of(tmp_path)
@@ -428,52 +485,6 @@ def test_a_run_that_was_stopped_goes_on_with_the_rows_that_follow(tmp_path, monk
 
 
 # ---------------------------------------------------------------------------------- chapters of further/
-
-WAYS = {
-    "paper": {},
-    "spread": {"gists_spread": True},
-    "among": {"gists_every": 2},
-    "fusion": {"fuse_instruction": True},
-    "concat": {"concat": 2},
-    "chain": {"chain": 2},
-}
-
-
-class Laid(NamedTuple):
-    """Instruction, examples and gists as one row, before a query."""
-
-    tokens: list[int]
-    positions: list[int]
-    visible: torch.Tensor  # [T, T]
-    left: torch.Tensor  # [T] what a query sees of it
-
-
-def lay_out(way: str, episode: Episode) -> Laid:
-    start, examples = [BOS, *encode(episode.instruction)], [*map(shot, episode.shots)]
-    segments = [start + sum(examples, []) + GISTS]
-    if way in ("concat", "chain"):
-        segments = [start + sum(examples[n::2], []) + GISTS for n in range(2)]
-    if way == "among":
-        parts = max(1, -(-len(examples) // 2))
-        segments = []
-        for n in range(parts):
-            gists = GISTS[n * G // parts : (n + 1) * G // parts]
-            segments.append(sum(examples[2 * n : 2 * n + 2], start if n == 0 else []) + gists)
-    tokens = sum(segments, [])
-    positions = [*range(len(tokens))]
-    number = torch.tensor([n for n, segment in enumerate(segments) for _ in segment])
-    is_gist = torch.tensor(tokens) >= 50
-    if way == "concat":  # the gists of the second set follow those of the first
-        ends = [(n + 1) * G for n in range(2)]
-        positions = [p for end, segment in zip(ends, segments) for p in range(end - len(segment), end)]
-    if way == "spread":  # when a g-th of the tokens is read
-        T = len(tokens) - G
-        positions[T:] = [T * g // G - 1 for g in range(1, G + 1)]
-    same = number[:, None] == number
-    visible = (same if way == "concat" else same | is_gist).tril()
-    left = is_gist.clone()
-    left[: len(start)] |= way == "fusion" and episode.instruction != ""
-    return Laid(tokens, positions, visible, left)
 
 
 def after_laid(hyper, laid: Laid, query: list[int]) -> torch.Tensor:
@@ -558,7 +569,7 @@ def pooled_by_hand(hyper, shots: list[Example]):
 
 
 def anchored_by_hand(hyper, shots: list[Example]):
-    """A function that reads rows which see BOS and the last token of each example, and nothing else of them."""
+    """A function that reads rows which see of the examples BOS and the last token of each, and no other."""
     context, kept = [BOS], [0]
     for example in shots:
         context = context + shot(example)

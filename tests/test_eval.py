@@ -1,4 +1,4 @@
-"""Choices ranked, ROUGE-L, columns, scores and their keys, averages, options."""
+"""ROUGE-L, columns, scores and their keys, averages, options."""
 
 import json
 import shutil
@@ -10,14 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, G, needs_real_data, random_hyper
+from conftest import REAL_DATA, ROOT, G, needs_real_data
 
 import eval as evaluation
 import tasks
 import train as training
 from data import Episode, Example
-from eval import HeldOut, average, draw_held_out, parse, score_before, score_choices, take_folder
-from gist import Rows, read_rows, with_gists
+from eval import HeldOut, average, draw_held_out, parse, score_before, take_folder
 from llama import InputError, load
 from run import (
     MARK,
@@ -37,59 +36,6 @@ from tasks.p3 import Prompt, Split, p3_tasks
 from tasks.sni import rouge_l, sni_tasks
 from tasks.symbol import symbol_tasks
 from tiny.make import write_jsonl
-
-
-PROMPTS = [[1, 5, 6, 7], [1, 8], [1, 9, 10, 11, 12, 13]]
-CHOICES = [[[20], [21, 22], [23, 24, 25]], [[20], [30]], [[31, 32], [31, 33, 34, 35, 36], [40]]]
-
-
-def one_row_per_choice(hyper, gists, mean=False):
-    scores = []
-    for prompt, choices in zip(PROMPTS, CHOICES):
-        scores.append([])
-        for choice in choices:
-            row = torch.tensor([prompt + choice])
-            past = {} if gists is None else {"past": gists.past, "offset": gists.offset}
-            logits, _ = hyper.model(row, **past, adapter=hyper.downstream_adapter)
-            log_probs = logits[0].log_softmax(-1)
-            log_probs = [log_probs[len(prompt) - 1 + t, token].item() for t, token in enumerate(choice)]
-            scores[-1].append(sum(log_probs) / (len(choice) if mean else 1))
-    return scores
-
-
-def assert_same_scores(scores, expected):
-    for a, b in zip(scores, expected, strict=True):
-        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("mean", [True, False])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_shared_prefix_and_query_score_like_one_row_per_choice(prefix, mean, kv_heads):
-    hyper = random_hyper("downstream", kv_heads)
-    with torch.no_grad():
-        gists = hyper.compress(Rows.of([with_gists([1, 5, 9, 33], hyper.gist_ids)])) if prefix else None
-        expected = one_row_per_choice(hyper, gists, mean)
-    prefix = gists and gists[torch.tensor([0, 0, 0])]
-    assert_same_scores(score_choices(hyper.model, PROMPTS, CHOICES, prefix, "downstream", mean), expected)
-
-
-def test_batch_size_changes_no_score():
-    hyper = random_hyper()
-    together = score_choices(hyper.model, PROMPTS, CHOICES)
-    alone = [score_choices(hyper.model, PROMPTS[i : i + 1], CHOICES[i : i + 1])[0] for i in range(3)]
-    assert_same_scores(together, alone)
-
-
-def test_examples_as_a_prefix_score_like_examples_in_the_row():
-    """Few-shot prompting through `past` = the same text in one row."""
-    hyper = random_hyper()
-    shots = [1, 20, 21, 22, 23]
-    prefix = read_rows(hyper.model, [shots])[torch.tensor([0, 0, 0])]
-    through_past = score_choices(hyper.model, PROMPTS, CHOICES, prefix)
-    in_row = score_choices(hyper.model, [shots + prompt for prompt in PROMPTS], CHOICES)
-    assert_same_scores(through_past, in_row)
-
 
 # --------------------------------------------------------------------------------------- the result
 
@@ -116,7 +62,7 @@ def tiny_run(*options, task="p3"):
     return open_run(args)
 
 
-FEW = ["--shots", 4, "--limit", 6]
+FEW = ["--shots", 4, "--limit", 2, "--sets", 1]
 
 
 def few_tasks(count=2):
@@ -151,12 +97,12 @@ def test_results_have_their_fields_and_the_table_its_columns(capsys):
     assert list(results) == FIELDS
     assert results["tasks"].keys() == {task.name for task in tasks}
     for row in results["tasks"].values():
-        assert row.keys() == {"mean", "std", "n", "shots"} and row["std"] is not None and row["n"] == 6
+        assert row.keys() == {"mean", "std", "n", "shots"} and row["std"] is not None and row["n"] == 2
         assert row["shots"] == {"hyper": 4, "fewshot": 4}
     assert results["baselines"].keys() == {"zeroshot", "fewshot"} | BEYOND
     assert results["controls"].keys() == {"no_prefix", "other_task", "mean_pooled", "fewer_shots"}
     table = capsys.readouterr().out
-    assert all(task.name in table for task in tasks) and "first 6 of each" in table
+    assert all(task.name in table for task in tasks) and "first 2 of each" in table
     assert "average" in table and "mean-pooled" in table and "4-shot" in table and "base, 4-shot" in table
     anchors = {f"{results['baselines'][name]:.1f}" for name in ("label_anchors", "base_label_anchors")}
     assert table.count("label anchors") == 1 and max(anchors, key=float) in table, "the better one is shown"
@@ -173,17 +119,6 @@ def test_the_base_of_a_model_is_what_hyperpretraining_began_with():
     untouched = tiny_run("--model", ROOT / "tiny" / "llama")
     assert untouched.base_folder is None
     assert not any(column.base for column in evaluation.columns(untouched, few_tasks()).values())
-
-
-def test_untouched_baselines_do_not_move_with_training(capsys):
-    """Baselines and fewer shots beside a trained run are those of the base, whatever its LoRA sets say."""
-    fresh = evaluate(tiny_run(*FEW, "--downstream", "lora"), few_tasks())
-    run = tiny_run(*FEW, "--downstream", "lora")
-    for p in trainable(run.hyper).values():
-        p.data.normal_(0, 0.5)
-    trained = evaluate(run, few_tasks())
-    assert trained["baselines"] == fresh["baselines"]
-    assert trained["controls"]["fewer_shots"] == fresh["controls"]["fewer_shots"]
 
 
 def test_another_task_is_one_of_another_dataset():
@@ -213,100 +148,51 @@ def listed(monkeypatch):
     return scored
 
 
-def test_what_the_draw_does_not_change_is_scored_once(monkeypatch, capsys):
-    """With two draws of examples, what has no examples before it is scored for the first draw alone."""
-    scored = listed(monkeypatch)
-    run = tiny_run(*FEW, "--sets", 2)
-    results = evaluate(run, few_tasks())
-    twice = ("gists", "{shots}-shot", "other task", "mean-pooled", "fewer shots", *TITLES_BEYOND)
-    assert Counter(scored) == {"0-shot": 2} | dict.fromkeys(twice, 4), "and no prefix is 0-shot"
-    assert len(run.scores) == len(scored)
-    again = evaluate(run, few_tasks())
-    assert len(run.scores) == len(scored), "what is known isn't scored again"
-    assert again | {"seconds": 0} == results | {"seconds": 0}
-
-
-@pytest.mark.parametrize("downstream, once", [("frozen", True), ("lora", False), ("shared", False)])
-def test_equal_work_has_one_key_and_other_work_another(downstream, once):
-    """No prefix is 0-shot where the base answers both; without examples, all draws are the same."""
-    run = tiny_run(*FEW, "--sets", 2, "--downstream", downstream)
-    held_out = draw(run, few_tasks())
-    evaluation.evaluate(run, held_out)
-    keys = held_out.digests
-    for t in range(2):
-        assert (keys["no_prefix", t, 0] == keys["zeroshot", t, 0]) == once
-        assert all(keys[name, t, 0] == keys[name, t, 1] for name in NO_EXAMPLES)
-        assert all(keys[name, t, 0] != keys[name, t, 1] for name in EXAMPLES)
-    different = len(EXAMPLES) * 2 * 2 + (1 if once else 2) * 2  # columns, tasks, draws
-    assert len(set(keys.values())) == len(run.scores) == different
-
-
 MOVING = {  # the titles of what training changes
     "frozen": {"gists", "other task"},
     "lora": {"gists", "mean-pooled", "no prefix", "other task"},
     "shared": {"gists", "mean-pooled", "no prefix", "other task"},
-    "all is trained": {"fewer shots", "gists", "mean-pooled", "no prefix", "other task"},
+    "all is trained": None,  # all of them
 }
 
 
 @pytest.mark.parametrize("kind", MOVING)
-def test_along_the_way_only_what_training_changes_is_scored_anew(monkeypatch, kind):
-    whole = kind == "all is trained"
-    run = tiny_run(*FEW, "--downstream", "frozen" if whole else kind)
-    if whole:
+def test_only_what_draws_or_training_change_is_scored_anew(monkeypatch, kind):
+    """No prefix is 0-shot where the base answers both; without examples, all draws are the same."""
+    run = tiny_run(*FEW, "--sets", 2, "--downstream", "frozen" if kind == "all is trained" else kind)
+    if kind == "all is trained":
         run.hyper.requires_grad_(True)
-    held_out = draw(run, few_tasks())
-    first = evaluation.measure(run, held_out, 0)
-    assert first["before"] == evaluation.evaluate(run, held_out)[0]["average"], "as results.json will hold it"
-    for parameter in trainable(run.hyper).values():
-        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-        parameter.data += noise * 0.1
-    scored = listed(monkeypatch)
-    later = evaluation.measure(run, held_out, 1)
-    assert set(scored) == MOVING[kind] and run.step == 1 and "before" not in later
-    anew = replace(run, scores={})
-    assert later == evaluation.measure(anew, draw(anew, few_tasks()), 1), "as if nothing had been known"
-
-
-@pytest.mark.parametrize("kind", ["frozen", "lora", "shared"])
-def test_after_a_step_exactly_the_columns_that_training_changes_are_scored_anew(monkeypatch, kind):
-    run = tiny_run(*FEW, "--sets", 2, "--downstream", kind)
-    held_out = draw(run, few_tasks())
-    scored = listed(monkeypatch)
-    evaluation.evaluate(run, held_out)
+    held_out, scored = draw(run, few_tasks()), listed(monkeypatch)
+    results, _ = evaluation.evaluate(run, held_out)
+    twice = ("gists", "{shots}-shot", "other task", "mean-pooled", "fewer shots", *TITLES_BEYOND)
+    once = ["0-shot", "no prefix"] if kind in ("lora", "shared") else ["0-shot"]
     first = Counter(scored)
-    run.step += 1
+    assert first == dict.fromkeys(once, 2) | dict.fromkeys(twice, 4), "two tasks, two draws"
+    keys = held_out.digests
+    for t in range(2):
+        assert all(keys[name, t, 0] == keys[name, t, 1] for name in NO_EXAMPLES)
+        assert all(keys[name, t, 0] != keys[name, t, 1] for name in EXAMPLES)
+    assert len(set(keys.values())) == len(run.scores) == len(scored)
     scored.clear()
-    evaluation.evaluate(run, held_out)
-    assert Counter(scored) == {title: first[title] for title in MOVING[kind]}
-    scored.clear()
-    evaluation.evaluate(run, held_out)
+    assert evaluation.evaluate(run, held_out)[0] | {"seconds": 0} == results | {"seconds": 0}
     assert not scored, "no step, no work"
 
+    for parameter in trainable(run.hyper).values():
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    run.step += 1
+    later, _ = evaluation.evaluate(run, held_out)
+    assert set(scored) == (MOVING[kind] or set(first))
+    assert later["baselines"] == results["baselines"] or kind == "all is trained"
+    anew = replace(run, scores={})
+    fresh, _ = evaluation.evaluate(anew, draw(anew, few_tasks()))
+    assert fresh | {"seconds": 0} == later | {"seconds": 0}, "as if nothing had been known"
 
-def test_scores_that_an_interrupted_evaluation_has_kept_are_not_computed_again(tmp_path, monkeypatch):
-    options = [*FEW, "--sets", 2]
-    whole = evaluate(tiny_run(*options), few_tasks()) | {"seconds": 0}
-    scored = listed(monkeypatch)
-    listing = evaluation.score
 
-    def interrupted(*args):
-        if len(scored) == 7:
-            raise KeyboardInterrupt
-        return listing(*args)
-
-    monkeypatch.setattr(evaluation, "score", interrupted)
-    run = tiny_run(*options)
-    with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluate(run, draw(run, few_tasks()), tmp_path)
-    monkeypatch.setattr(evaluation, "score", listing)
-    (kept,) = tmp_path.iterdir()
-    assert kept.name == "scores-0.jsonl" and len(kept.read_text().splitlines()) == 7
-    with open(kept, "a") as file:
-        file.write('["a line that was to')
-    run = tiny_run(*options)
-    results, _ = evaluation.evaluate(run, draw(run, few_tasks()), tmp_path)
-    assert results | {"seconds": 0} == whole and len(scored) == len(run.scores)
+def test_a_measure_along_the_way_is_what_the_results_will_hold():
+    run = tiny_run(*FEW)
+    held_out = draw(run, few_tasks())
+    assert evaluation.measure(run, held_out, 0)["before"] == evaluation.evaluate(run, held_out)[0]["average"]
+    assert "before" not in evaluation.measure(run, held_out, 1) and run.step == 1
 
 
 ALL_TITLES = {"gists", "0-shot", "{shots}-shot", "other task", "mean-pooled", "fewer shots"} | TITLES_BEYOND
@@ -396,14 +282,6 @@ def test_instances_of_sni_are_what_is_averaged(capsys):
     copied = [rouge_l(e.input, e.references) for task in tasks for e in task.instances[:3]]
     assert results["baselines"]["copy_input"] == pytest.approx(sum(copied) / 9)
     assert "copy example" in capsys.readouterr().out
-
-
-@needs_real_data
-def test_copying_an_example_of_real_files_scores_its_rouge_l(capsys):
-    tasks = sni_tasks(REAL_DATA / "natural-instructions", "test")[:2]
-    results = evaluate(tiny_run("--limit", 2, task="sni"), tasks)
-    expected = [rouge_l(task.examples[0].target, e.references) for task in tasks for e in task.instances[:2]]
-    assert results["baselines"]["copy_example"] == pytest.approx(sum(expected) / len(expected))
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -536,16 +414,9 @@ def test_the_score_before_is_that_of_the_log_where_it_was_measured_in_the_same_w
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "lo')
     assert score_before(folder, args) == 61.5
     assert score_before(folder, replace(args, controls=False, eval_tokens=99)) == 61.5, "the same score"
-    for change in ({"limit": 7}, {"sets": 9}, {"score": "mean"}):
+    ways = ({"average": 2}, {"concat": 2}, {"chain": 2})
+    for change in ({"limit": 7}, {"sets": 9}, {"score": "mean"}, *ways):
         assert score_before(folder, replace(args, **change)) is None
-
-
-@pytest.mark.parametrize("way", ["average", "concat", "chain"])
-def test_the_score_before_is_not_that_of_other_numbers_of_sets(tmp_path, way):
-    folder = save_args(tmp_path / "run")
-    (folder / "log.jsonl").write_text(json.dumps({"step": 0, "before": 61.5}) + "\n")
-    args, *_ = parse([str(folder), f"--{way}", "2"])
-    assert score_before(folder, args) is None
 
 
 # ----------------------------------------------------------------------------------- default folders
@@ -609,9 +480,8 @@ def test_a_default_folder_names_the_model_and_the_data(tmp_path):
 def test_prefix_tuning_has_a_default_folder_for_each_start(tmp_path, hypernetwork):
     other = tmp_path / "other"
     shutil.copytree(hypernetwork, other)
-    starts = [
-        ["--init", init] for init in ("random", "shared", "reparam", "propagate", "text", "anchors", "pooled")
-    ]
+    inits = "random shared reparam propagate text anchors pooled".split()
+    starts = [["--init", init] for init in inits]
     starts += [["--run", str(folder), "--gists", "4"] for folder in (hypernetwork, other)]
     folders = [training.parse(["--task", "prefix", *start])[1] for start in starts]
     assert len(set(folders)) == len(starts) and str(folders[0]) == "runs/prefix-random-seed0"

@@ -1,4 +1,4 @@
-"""Damaged files. Each is changed in hundreds of ways: it loads to what was written, or ends with one line."""
+"""Damaged files. Each is changed in 120 ways: it loads to what was written, or ends with one line."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ from tasks.symbol import symbol_tasks
 from tiny.make import write_jsonl, write_tfrecord
 from tools.export import load_gists, save_gists
 
-TIMES = 300
+TIMES = 120
 
 ROWS = [(f"Is number {i} even?", "yes" if i % 2 == 0 else "no", ["yes", "no"]) for i in range(6)]
 
@@ -172,9 +172,9 @@ def write_text(path: Path, documents: list[str], before: str, between: str, afte
 
 
 @pytest.mark.parametrize("training", [1, 5])
-@pytest.mark.parametrize("before", ["", " \n\n"], ids=repr)
-@pytest.mark.parametrize("between", ["\n", "\r\n", "\n\n \n"], ids=repr)
-@pytest.mark.parametrize("after", ["", "\n", "\n \n\n"], ids=repr)
+@pytest.mark.parametrize("before, between, after", [
+    ("", "\n", ""), ("", "\n", "\n"), (" \n\n", "\r\n", ""), (" \n\n", "\n\n \n", "\n \n\n"),
+], ids=repr)  # fmt: skip
 def test_a_last_document_longer_than_a_twentieth_of_its_file_is_evaluation_text(
     tmp_path, training, before, between, after
 ):
@@ -235,7 +235,7 @@ def test_damaged_meta_weights_are_one_line(tmp_path):
 def test_a_damaged_config_is_one_line(tmp_path):
     folder = write_hf(tmp_path / "hf", random_llama())
     fuzz(folder / "config.json", lambda: read_config(folder))
-    for seed in range(40):  # of those that can be read, the weights must fit
+    for seed in range(20):  # of those that can be read, the weights must fit
         whole = (folder / "config.json").read_bytes()
         (folder / "config.json").write_bytes(damaged(whole, 6 * seed))
         try:

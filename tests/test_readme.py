@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import readme
 from conftest import ROOT
-from readme import Block, ReadmeError, difference, parse, run_block, shortened
+from readme import ReadmeError, difference, parse, run_block, shortened
 
 PAGE = """\
 <!-- short: --steps 3 --limit 2; eval.py --limit 2 -->
@@ -71,6 +71,28 @@ false
 ```sh
 false
 ```
+
+<!-- file: mine.py -->
+```python
+print(3)
+```
+
+```sh
+python mine.py
+```
+
+```
+3
+```
+
+<!-- short: train.py --steps 3 -->
+```sh
+echo train.py
+```
+
+```
+a table of the full run
+```
 """
 
 
@@ -123,33 +145,13 @@ def test_numbers_may_differ_only_where_they_are_measured():
 
 def test_blocks_run_in_one_folder_and_failures_are_counted(tmp_path, capsys):
     blocks = parse(SMALL_PAGE)
-    assert [run_block(block, tmp_path) for block in blocks] == [0, 0, 1, 1, 0, 0]
+    assert [run_block(block, tmp_path) for block in blocks] == [0, 0, 1, 1, 0, 0, 0, 0, 0]
+    assert "print(3)" in (tmp_path / "mine.py").read_text()
+    blocks[-1].short = {}
+    assert run_block(blocks[-1], tmp_path) == 1, "a command that isn't shortened is compared"
     printed = capsys.readouterr().out
     assert "the page shows  two" in printed and "exit status 1" in printed
     assert "not run (needs no_such_package)" in printed and "not run (why)" in printed
-
-
-def test_a_shortened_command_is_not_compared(tmp_path):
-    (tmp_path / "train.py").write_text("import sys\nprint(*sys.argv[1:])\n")
-    block = Block(
-        "README.md", 1, "sh", "python train.py", {"train.py": "--steps 3"}, shown="a table of the full run"
-    )
-    assert run_block(block, tmp_path) == 0
-    block.short = {}
-    assert run_block(block, tmp_path) == 1
-
-
-def test_a_block_may_be_saved_as_a_file_that_later_commands_use(tmp_path):
-    page = "<!-- file: mine.py -->\n```python\nprint(2)\n```\n```sh\npython mine.py\n```\n\n```\n2\n```"
-    assert [run_block(block, tmp_path) for block in parse(page)] == [0, 0]
-    assert (tmp_path / "mine.py").read_text() == "print(2)\n"
-
-
-def test_pages_are_the_readme_and_then_those_of_docs_by_name(tmp_path):
-    (tmp_path / "docs").mkdir()
-    for name in ("b.md", "a.md", "c.txt"):
-        (tmp_path / "docs" / name).touch()
-    assert readme.all_pages(tmp_path) == ["README.md", "docs/a.md", "docs/b.md"]
 
 
 # ------------------------------------------------------------------------------- the pages in prose
@@ -193,8 +195,15 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
             assert heading in anchors, f"{target}#{heading}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, "tests/FAULTS.md"])
+def test_a_test_that_a_page_names_is_there(page):
+    there = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", read(page)):
+        assert f"def {name}(" in there, name
+
+
 def test_nothing_that_git_is_to_ignore_is_kept_in_it():
-    """What commands of a page leave behind (my.safetensors, …) would stop the same commands in a fresh clone."""
+    """What commands of a page leave behind would stop the same commands in a fresh clone."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     listed = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]

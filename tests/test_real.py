@@ -1,22 +1,27 @@
-"""Today's small Llamas: tied embeddings, tokenizer.json, Llama-3's rotary frequencies; and a real one, if it is at hand.
+"""Today's small Llamas: tied embeddings, tokenizer.json, Llama-3's frequencies; a real one, if it is at hand.
 
-HYPERLLAMA_REAL names the Hugging Face folder of a small Llama that reads English (SmolLM2-135M, for instance).
+HYPERLLAMA_REAL names the Hugging Face folder of a small Llama that reads English, for instance SmolLM2-135M.
 """
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REAL_DATA, SHORT, config, hf_config, hf_tensors, random_hyper, random_llama, run, train
+from conftest import REAL_DATA, ROOT, SCORED, SHORT, config, hf_config, hf_tensors
+from conftest import random_hyper, random_llama, refusal, run, train
 from safetensors.torch import load_file, save_file
 
+from data import Episode, Example
+from eval import compress, gist_context
 from gist import HyperLlama, Rows, with_gists
 from llama import InputError, Llama, RopeScaling, Tokenizer, generate, load
 from lora import NF4Linear, add_lora
+from run import all_options, open_run, read_args
 from tools import export
 
 REAL = Path(os.environ.get("HYPERLLAMA_REAL", "/nowhere"))
@@ -37,9 +42,8 @@ def write_32(folder: Path, **changes) -> Path:
     model = scaled_and_tied()
     folder.mkdir()
     scaling = {"rope_type": "llama3"} | SCALING._asdict()
-    (folder / "config.json").write_text(
-        json.dumps(hf_config(model.config, tie_word_embeddings=True, rope_scaling=scaling) | changes)
-    )
+    written = hf_config(model.config, tie_word_embeddings=True, rope_scaling=scaling) | changes
+    (folder / "config.json").write_text(json.dumps(written))
     save_file(hf_tensors(model), folder / "model.safetensors")
     return folder
 
@@ -117,22 +121,18 @@ def test_a_tied_model_is_hyperpretrained_saved_and_used(tmp_path, json_tokenizer
     save_file(weights | {"model.embed_tokens.weight": rows}, folder / "model.safetensors")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text((json_tokenizer / name).read_text())
-    lengths = ["--context", "120", "--query-length", "100", "--gists", "4", "--limit", "2"]
-    out = tmp_path / "c"
-    start = ["--task", "hyperpretrain", "--model", folder, *lengths, "--steps", "2", "--save-every", "1"]
-    run(*start, "--batch-size", "2", "--measure", "0", "--optimizer", "adamw", "--out", out)
-    saved = load_file(out / "model.safetensors")
-    assert (
-        "lm_head.weight" not in saved and json.loads((out / "config.json").read_text())["tie_word_embeddings"]
-    )
-    assert json.loads((out / "config.json").read_text())["rope_scaling"]["factor"] == SCALING.factor
+    lengths, out = "--context 120 --query-length 100 --gists 4 --limit 2", tmp_path / "c"
+    start = ["--task hyperpretrain --steps 2 --save-every 1 --batch-size 2 --measure 0 --optimizer adamw"]
+    run(*start, lengths, "--model", folder, "--out", out)
+    saved, written = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    assert "lm_head.weight" not in saved and written["tie_word_embeddings"]
+    assert written["rope_scaling"]["factor"] == SCALING.factor
     assert "model.lm_head.weight" not in load_file(out / "state.safetensors")
     (out / "results.json").unlink()
-    run("--resume", "--out", out)
-    p3 = ["--task", "p3", "--model", out, *SHORT, *lengths, "--steps", "1"]
-    for name, more in (("gists", []), ("anchors", ["--anchors"]), ("nf4", ["--quantize"])):
-        run(*p3, *more, "--out", tmp_path / name)
-        run(tmp_path / name, *lengths[-2:], "--sets", "1", program="eval")
+    run("--resume --out", out)
+    for name, more in (("gists", ""), ("anchors", "--anchors"), ("nf4", "--quantize")):
+        run("--task p3", SHORT, lengths, "--steps 1 --model", out, more, "--out", tmp_path / name)
+        run(tmp_path / name, SCORED, program="eval")
 
 
 # ------------------------------------------------------------------------------------------ tokenizer.json
@@ -146,20 +146,21 @@ def test_pieces_of_a_layout_are_the_tokens_of_the_whole_text(json_tokenizer):
     assert (tokenizer.bos, tokenizer.eos) == (0, 1)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text()[:500]), "not a tokenizer"),
-    (lambda f: (f / "tokenizer.json").write_text("{}"), "not a tokenizer"),
-    (lambda f: (f / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'), "no BOS or no EOS"),
-    (lambda f: (f / "tokenizer_config.json").write_text('{"bos_token": "<other>", "eos_token": "</s>"}'), "no BOS"),
-    (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json|No such file"),
-], ids=["cut", "empty", "no bos", "another bos", "no config"])  # fmt: skip
-def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, json_tokenizer, damage, message):
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_text((json_tokenizer / name).read_text())
-    damage(tmp_path)
+@pytest.mark.parametrize("name, content, message", [
+    ("tokenizer.json", "{", "not a tokenizer"),
+    ("tokenizer.json", "{}", "not a tokenizer"),
+    ("tokenizer_config.json", '{"eos_token": "</s>"}', "no BOS or no EOS"),
+    ("tokenizer_config.json", '{"bos_token": "<other>", "eos_token": "</s>"}', "no BOS"),
+    ("tokenizer_config.json", None, "tokenizer_config.json|No such file"),
+])  # fmt: skip
+def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, json_tokenizer, name, content, message):
+    folder = shutil.copytree(json_tokenizer, tmp_path / "model")
+    (folder / name).unlink()
+    if content:
+        (folder / name).write_text(content)
     with pytest.raises(InputError, match=message) as problem:
-        Tokenizer(tmp_path)
-    assert "\n" not in str(problem.value) and str(tmp_path) in str(problem.value)
+        Tokenizer(folder)
+    assert "\n" not in str(problem.value) and str(folder) in str(problem.value)
 
 
 def test_without_the_package_a_tokenizer_json_is_refused_in_a_line(json_tokenizer, monkeypatch):
@@ -174,40 +175,20 @@ def test_without_the_package_a_tokenizer_json_is_refused_in_a_line(json_tokenize
 def test_anchors_are_bos_and_the_last_token_of_each_answer(tmp_path):
     """Their keys and values in one pass over all examples; and no gist is trained."""
     out = tmp_path / "run"
-    train(out, "--steps", "2", "--anchors", "--downstream", "lora")
+    train(out, "--steps 1 --anchors --downstream lora")
     names = set(load_file(out / "adapters.safetensors"))
     assert "gists" not in names and any(".lora.hyper." in name for name in names)
-    run(out, "--limit", "2", "--sets", "1", "--no-controls", program="eval")
-    from run import all_options, open_run, read_args
-    from data import Episode, Example
-    from eval import compress, gist_context
-
     opened = open_run(all_options()(**read_args(out)), out)
     episode = Episode([], [Example("a fox", "kilo"), Example("an owl", "east west")])
-    ((context,),) = [gist_context(opened, episode, 0)]
+    (context,) = gist_context(opened, episode, 0)
     texts = ["\nInput:\na fox\nOutput:\nkilo", "\nInput:\nan owl\nOutput:\neast west"]
     lengths = [len(opened.formatter.tokenizer.encode(text)) for text in texts]
     assert context.kept == [0, lengths[0], sum(lengths)] and context.positions[-1] == 2
-    prefix = compress(opened, [[context]], None)
+    prefix, tokens = compress(opened, [[context]], None), torch.tensor([context.tokens])
     assert prefix.offset.tolist() == [3] and prefix.past[0][0].shape[2] == 3
-    model = opened.hyper.model
-    _, whole = model(
-        torch.tensor([context.tokens]), offset=torch.tensor([context.positions[0]]), adapter="hyper"
-    )
-    for (k, v), (all_k, all_v) in zip(prefix.past, whole):
-        torch.testing.assert_close(k, all_k[:, :, context.kept], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(v, all_v[:, :, context.kept], atol=1e-5, rtol=1e-5)
-
-
-def test_an_untrained_set_leaves_the_anchors_of_the_base():
-    """So the control without training is the first score of a run."""
-    from further.anchors import contexts
-    from data import Episode, Example, Formatter
-
-    tokenizer = Tokenizer(Path(__file__).parents[1] / "tiny" / "llama")
-    formatter = Formatter(tokenizer, 200, 60)
-    (context,) = contexts(formatter, Episode([], [Example("x", "y")] * 3), [])
-    assert len(context.kept) == 4 and context.positions[context.kept[-1]] == 3
+    whole = opened.hyper.model(tokens, offset=torch.tensor([context.positions[0]]), adapter="hyper")[1]
+    expected = [tuple(x[:, :, context.kept] for x in layer) for layer in whole]
+    torch.testing.assert_close(list(prefix.past), expected, atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- a real model
@@ -245,11 +226,8 @@ def test_a_real_tokenizer_has_the_tokens_of_transformers(real):
     transformers = pytest.importorskip("transformers")
     _, tokenizer = real
     reference = transformers.AutoTokenizer.from_pretrained(REAL)
-    lines = [
-        line
-        for path in sorted((REAL_DATA / "text").glob("*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
+    paths = sorted((REAL_DATA / "text").glob("*.jsonl"))
+    lines = "".join(path.read_text() for path in paths).splitlines()
     texts = [line for text in lines for line in json.loads(text)["text"].splitlines()][:500]
     assert len(texts) == 500
     for text in texts:
@@ -259,9 +237,7 @@ def test_a_real_tokenizer_has_the_tokens_of_transformers(real):
 
 @needs_real_model
 def test_two_passes_equal_the_joint_pass_in_a_real_model(real):
-    model, tokenizer = real
-    generator = torch.Generator().manual_seed(0)
-    model = load(REAL)
+    tokenizer, model, generator = real[1], load(REAL), torch.Generator().manual_seed(0)
     add_lora(model, "hyper", 4, 8, generator, keys_values_only=True)
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
@@ -316,15 +292,13 @@ def logits_in_peft(base: Path, prefix: Path, ids: torch.Tensor) -> torch.Tensor:
         return peft.PeftModel.from_pretrained(model, prefix)(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("variant", [[], ["--anchors"]], ids=["gists", "anchors"])
+@pytest.mark.parametrize("variant", ["", "--anchors"], ids=["gists", "anchors"])
 def test_a_saved_prefix_opens_in_peft_with_our_logits(tmp_path, variant):
-    out = tmp_path / "run"
-    train(out, "--steps", "2", *variant)
-    examples = Path(__file__).parents[1] / "tiny" / "my.jsonl"
-    saved = tmp_path / "my.safetensors"
-    run(out, "--examples", examples, "--save", saved, program="answer")
-    run(out, "--gists", saved, "--out", tmp_path / "cartridge", program="export")
-    base = Path(__file__).parents[1] / "tiny" / "llama-c"
+    out, saved, base = tmp_path / "run", tmp_path / "my.safetensors", ROOT / "tiny" / "llama-c"
+    train(out, "--steps 2", variant)
+    run(out, "--examples", ROOT / "tiny" / "my.jsonl", "--save", saved, program="answer")
+    to_peft = [out, "--gists", saved, "--out", tmp_path / "cartridge"]
+    run(*to_peft, program="export")
     ids = torch.tensor([[1, *Tokenizer(base).encode("\nInput:\nThe fox is old.\nOutput:\n")]])
     tensors = load_file(saved)
     past = [(tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(len(tensors) // 2)]
@@ -333,7 +307,4 @@ def test_a_saved_prefix_opens_in_peft_with_our_logits(tmp_path, variant):
     theirs = logits_in_peft(base, tmp_path / "cartridge", ids)
     torch.testing.assert_close(ours, theirs[:, -ids.shape[1] :], atol=1e-4, rtol=1e-4)
     (tmp_path / "cartridge" / "thesis.txt").write_text("precious")
-    assert (
-        "isn't replaced"
-        in run(out, "--gists", saved, "--out", tmp_path / "cartridge", program="export", status=2).stderr
-    )
+    assert "isn't replaced" in refusal(*to_peft, program="export")

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, random_hyper, run, train
+from conftest import ROOT, contents, part_of, random_hyper, refusal, run, train
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,34 +45,30 @@ def test_own_examples_are_compressed_kept_and_answered_after(tmp_path, hypernetw
     gists = tmp_path / "my.safetensors"
     done = answer(hypernetwork, "--examples", examples, "--save", gists)
     assert "2 examples" in done.stdout and "became 4 gists" in done.stdout and gists.stat().st_size < 20_000
-    kept = answer(hypernetwork, "--gists", gists, *QUESTION).stdout
-    fresh = answer(hypernetwork, "--examples", examples, *QUESTION).stdout
+    kept = answer(hypernetwork, "--gists", gists, QUESTION).stdout
+    fresh = answer(hypernetwork, "--examples", examples, QUESTION).stdout
     assert kept.strip() == fresh.strip().splitlines()[-1] and kept.split()[0] in ("kilo", "jade")
-    answer(hypernetwork, "--gists", gists, *QUESTION, "--dtype", "bfloat16")  # kept in float32
+    answer(hypernetwork, "--gists", gists, QUESTION, "--dtype", "bfloat16")  # kept in float32
     monkeypatch.setattr("sys.stdin", io.StringIO("The fox sleeps.\n\nThe dog waits.\n"))
     lines = answer(hypernetwork, "--gists", gists, "--options", "kilo,jade").stdout.splitlines()
     assert len(lines) == 2 and lines[0] == kept.strip()
     tensors, about = load_tensors(gists)
-    for change in (
-        {"0.key": torch.zeros(5)}, {"offset": torch.tensor([900])}, {"1.value": torch.zeros(1, 4, 0, 32)},
-        {"0.value": tensors["0.value"] * float("nan")}, {"more": torch.zeros(1)},
-    ):  # fmt: skip
-        save_tensors(tmp_path / "crafted.safetensors", tensors | change, about)
-        refused = answer(hypernetwork, "--gists", tmp_path / "crafted.safetensors", *QUESTION, status=2)
-        assert "crafted" in refused.stderr
+    save_tensors(tmp_path / "crafted.safetensors", tensors | {"offset": torch.tensor([900])}, about)
+    crafted = ["--gists", tmp_path / "crafted.safetensors", QUESTION]
+    assert "crafted" in answer(hypernetwork, *crafted, status=2).stderr
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a fox\n\xff\xfe b\n"), "utf-8"))
     refused = answer(hypernetwork, "--gists", gists, "--options", "kilo,jade", status=2)
     assert "stdin: not text" in refused.stderr
-    own_words = answer(hypernetwork, "--gists", gists, "--input", "The fox sleeps.").stdout
+    own_words = answer(hypernetwork, "--gists", gists, ["--input", "The fox sleeps."]).stdout
     assert own_words.endswith("\n") and "%" not in own_words
 
     model = ["--model", ROOT / "tiny" / "llama"]
-    another_base = answer(hypernetwork, *model, "--gists", gists, *QUESTION, status=2).stderr
+    another_base = answer(hypernetwork, *model, "--gists", gists, QUESTION, status=2).stderr
     assert "was trained on another model" in another_base
-    refused = answer(another_run(tmp_path, hypernetwork), "--gists", gists, *QUESTION, status=2).stderr
+    refused = answer(another_run(tmp_path, hypernetwork), "--gists", gists, QUESTION, status=2).stderr
     assert "made with another run" in refused.strip().splitlines()[-1]
     examples.write_text('{"input": "a"}\n')
-    assert "line 1: output" in answer(hypernetwork, "--examples", examples, *QUESTION, status=2).stderr
+    assert "line 1: output" in answer(hypernetwork, "--examples", examples, QUESTION, status=2).stderr
 
 
 def another_run(tmp_path, hypernetwork):
@@ -92,16 +88,16 @@ def test_own_examples_may_come_from_a_pipe(tmp_path, hypernetwork):
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_text, args=[text]).start()
     paths = (tmp_path / "pipe", tmp_path / "file")
-    piped, file = (answer(hypernetwork, "--examples", path, *QUESTION).stdout for path in paths)
+    piped, file = (answer(hypernetwork, "--examples", path, QUESTION).stdout for path in paths)
     assert piped == file and "2 examples" in file
 
 
 def test_a_prefix_beside_a_fused_instruction_is_kept_too(tmp_path, examples):
-    short = "--steps 1 --batch-size 2 --gists 4 --limit 1 --no-controls".split()
-    run("--task", "sni", "--fuse-instruction", *short, "--out", tmp_path / "run")
+    short = "--steps 1 --batch-size 2 --gists 4 --limit 1 --no-controls --measure 0"
+    run("--task sni --fuse-instruction", short, "--data", part_of("sni", 2, 1), "--out", tmp_path / "run")
     answer(tmp_path / "run", "--examples", examples, "--save", tmp_path / "my.safetensors")
-    kept = answer(tmp_path / "run", "--gists", tmp_path / "my.safetensors", *QUESTION).stdout
-    fresh = answer(tmp_path / "run", "--examples", examples, *QUESTION).stdout
+    kept = answer(tmp_path / "run", "--gists", tmp_path / "my.safetensors", QUESTION).stdout
+    fresh = answer(tmp_path / "run", "--examples", examples, QUESTION).stdout
     assert kept.strip() == fresh.strip().splitlines()[-1]
 
 
@@ -129,10 +125,6 @@ def full_disk(size=100):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_saved_prefix_replaces_only_one_of_the_same_run(tmp_path, hypernetwork, examples):
     mine = tmp_path / "mine.safetensors"
     save_file({"weights": torch.ones(3)}, mine, {"format": "pt"})
@@ -155,32 +147,20 @@ def test_a_saved_prefix_replaces_only_one_of_the_same_run(tmp_path, hypernetwork
     assert own.read_bytes() != first, "our own is replaced"
 
 
-def test_a_prefix_that_cannot_be_written_leaves_the_old_one(tmp_path, hypernetwork, examples):
-    own = tmp_path / "own.safetensors"
-    answer(hypernetwork, "--examples", examples, "--save", own)
-    before = contents(tmp_path)
-    with full_disk():
-        refused = answer(hypernetwork, "--examples", examples, "--save", own, status=2).stderr
-    assert f"{own}: can't be written" in refused and contents(tmp_path) == before
+OTHERS = ["an adapter of peft's", "a file", "more than an export", "damaged weights", "a config alone"]
 
 
-def test_an_export_replaces_nothing_of_anybodys(tmp_path, hypernetwork):
-    (tmp_path / "hyper").mkdir()
-    (tmp_path / "hyper" / "adapter_config.json").write_text('{"mine": 1}')
-    assert "isn't replaced" in run(hypernetwork, "--out", tmp_path, program="export", status=2).stderr
-    assert (tmp_path / "hyper" / "adapter_config.json").read_text() == '{"mine": 1}'
-    assert "folder of a run" in run(hypernetwork, "--out", hypernetwork, program="export", status=2).stderr
-    for _ in range(2):  # an earlier export may be replaced
-        run(hypernetwork, "--out", tmp_path / "new", program="export")
-
-
-@pytest.mark.parametrize("what", ["an adapter of peft's", "a file", "more than an export", "damaged weights"])
-def test_an_export_replaces_only_an_export_of_ours(tmp_path, hypernetwork, what):
+@pytest.mark.parametrize("what", OTHERS)
+def test_an_export_replaces_nothing_but_an_export_of_ours(tmp_path, hypernetwork, what):
     folder = tmp_path / "hyper"
     if what == "a file":
         folder.write_text("mine")
+    elif what == "a config alone":
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text('{"mine": 1}')
     else:
-        run(hypernetwork, "--out", tmp_path, program="export")
+        for _ in range(2):  # an earlier export may be replaced
+            run(hypernetwork, "--out", tmp_path, program="export")
     weights = folder / "adapter_model.safetensors"
     if what == "an adapter of peft's":  # the same names, without our mark
         save_file(load_tensors(weights)[0], weights, {"format": "pt"})
@@ -189,17 +169,23 @@ def test_an_export_replaces_only_an_export_of_ours(tmp_path, hypernetwork, what)
     elif what == "damaged weights":
         weights.write_bytes(weights.read_bytes()[:50])
     before = contents(tmp_path)
-    refused = run(hypernetwork, "--out", tmp_path, program="export", status=2).stderr
-    assert str(folder) in refused and contents(tmp_path) == before
+    assert str(folder) in refusal(hypernetwork, "--out", tmp_path, program="export")
+    assert contents(tmp_path) == before
+    assert "folder of a run" in refusal(hypernetwork, "--out", hypernetwork, program="export")
 
 
-def test_an_export_that_cannot_be_written_leaves_the_old_one(tmp_path, hypernetwork):
-    run(hypernetwork, "--out", tmp_path, program="export")
+@pytest.mark.parametrize("what", ["a prefix", "an export", "a picture"])
+def test_what_cannot_be_written_leaves_the_old_one(tmp_path, hypernetwork, examples, what):
+    argv, program, path = {
+        "a prefix": (["--examples", examples, "--save", tmp_path / "p"], "answer", tmp_path / "p"),
+        "an export": (["--out", tmp_path], "export", tmp_path / "hyper"),
+        "a picture": (["--sets 1 --out", tmp_path / "p.png"], "probe", tmp_path / "p.png"),
+    }[what]
+    run(hypernetwork, *argv, program=program)
     before = contents(tmp_path)
-    assert load_tensors(tmp_path / "hyper" / "adapter_model.safetensors")[1] == METADATA
     with full_disk():
-        refused = run(hypernetwork, "--out", tmp_path, program="export", status=2).stderr
-    assert "can't be written" in refused and contents(tmp_path) == before
+        refused = refusal(hypernetwork, *argv, program=program)
+    assert str(path) in refused and "can't be written" in refused and contents(tmp_path) == before
 
 
 @pytest.fixture
@@ -221,8 +207,9 @@ def test_a_picture_replaces_only_a_picture_of_ours(tmp_path, plotted, kind):
     (tmp_path / f"folder.{kind}").mkdir()
     (tmp_path / f"link.{kind}").symlink_to("nowhere")
     (tmp_path / f"empty.{kind}").touch()
+    (tmp_path / f"about.{kind}").write_text("<svg><text>HyperLlama reads examples</text></svg>")
     before = contents(tmp_path)
-    for name in ("theirs", "folder", "link", "empty"):
+    for name in ("theirs", "folder", "link", "empty", "about"):
         assert "isn't a picture of ours" in plotted(tmp_path / f"{name}.{kind}", status=2).stderr
     assert contents(tmp_path) == before and (tmp_path / f"link.{kind}").is_symlink()
 
@@ -232,25 +219,6 @@ def test_a_picture_replaces_only_a_picture_of_ours(tmp_path, plotted, kind):
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
     plotted(path)
     assert path.read_bytes() != first and MADE_BY.encode() in path.read_bytes(), "our own is replaced"
-
-
-def test_a_picture_of_somebody_about_this_project_is_not_ours(tmp_path, plotted):
-    path = tmp_path / "overview.svg"
-    path.write_text('<svg xmlns="http://www.w3.org/2000/svg"><text>HyperLlama reads examples</text></svg>')
-    before = path.read_bytes()
-    with contextlib.suppress(AssertionError):  # (of its exit status)
-        plotted(path, status=2)
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, plotted, kind):
-    path = tmp_path / f"ours.{kind}"
-    plotted(path)
-    before = contents(tmp_path)
-    with full_disk():
-        refused = plotted(path, status=2).stderr
-    assert f"{path}: can't be written" in refused and contents(tmp_path) == before
 
 
 def test_a_probe_replaces_no_picture_of_anybodys(tmp_path, hypernetwork):
@@ -270,8 +238,7 @@ EITHER = "either --examples FILE or --gists FILE"
     (["--gists", "g", "--options", "a,a"], "two or more"),
 ])  # fmt: skip
 def test_options_of_answer_that_do_not_go_together_are_refused(tmp_path, argv, message):
-    lines = run(tmp_path, *argv, program="answer", status=2).stderr.splitlines()
-    assert len(lines) == 1 and message in lines[0]
+    assert message in refusal(tmp_path, argv, program="answer")
 
 
 def test_each_example_is_asked_back_at_its_place(tmp_path, hypernetwork):
@@ -280,9 +247,8 @@ def test_each_example_is_asked_back_at_its_place(tmp_path, hypernetwork):
     again = asked_back(episode, 2)
     assert [query.input for query in again.queries] == ["x", "y"] == [shot.input for shot in again.shots]
     assert [query.choices for query in again.queries] == [("a", "b"), ("b", "c")]
-    for _ in range(2):  # an earlier picture may be replaced
-        done = run(hypernetwork, "--sets", "1", "--out", tmp_path / "probe.png", program="probe").stdout
-        assert (tmp_path / "probe.png").exists() and "place among 4 examples" in done and "in context" in done
+    said = run(hypernetwork, "--sets 1 --out", tmp_path / "probe.png", program="probe").stdout
+    assert (tmp_path / "probe.png").exists() and "place among 4 examples" in said and "in context" in said
 
 
 @pytest.mark.parametrize("program", ["answer", "cost", "probe"])
@@ -329,14 +295,14 @@ def test_a_saved_prefix_answers_in_transformers_as_it_does_here(tmp_path, hypern
         assert (new[: new.index(tokenizer.eos)] if tokenizer.eos in new else new) == ours
 
 
-@pytest.mark.parametrize("downstream", ["frozen", "lora"])
-def test_exported_adapters_open_in_peft_with_the_same_logits(tmp_path, downstream):
+def test_exported_adapters_open_in_peft_with_the_same_logits(tmp_path):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    train(tmp_path / "run", "--steps", "2", "--no-controls", "--downstream", downstream)
+    train(tmp_path / "run", "--steps 2 --downstream lora")
     run(tmp_path / "run", "--out", tmp_path / "peft", program="export")
-    names = ["hyper"] + ["downstream"] * (downstream == "lora")
-    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == sorted(names)
+    names = ["downstream", "hyper"]
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == names
+    assert load_tensors(tmp_path / "peft" / "hyper" / "adapter_model.safetensors")[1] == METADATA
     args = resolve_args({}, read_args(tmp_path / "run"))
     ours = open_run(args, tmp_path / "run").hyper.model
     x = torch.randint(3, 900, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -428,20 +394,9 @@ def test_a_picture_says_what_it_shows(tmp_path, monkeypatch):
     assert labels == [("step", accuracy), ("step", accuracy), ("step", "loss per token"), ("shots", accuracy)]
     (unmeasured / "log.jsonl").write_text("")
     for name, message in (("a.png", "nothing to draw"), ("curves", "ends in .png")):
-        assert message in run("plot", unmeasured, "--out", tmp_path / name, program="report", status=2).stderr
-
-
-def test_curves_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    for seed in range(2):
-        write_run(tmp_path / f"seed{seed}", 60.0 + seed, gists=4 + seed)
-    plot([tmp_path / "seed0", tmp_path / "seed1"], tmp_path / "c.png")
-    assert (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
-    runs = [tmp_path / "seed0", tmp_path / "seed1"]
-    run("plot", *runs, "--out", tmp_path / "by.png", "--by", "gists", program="report")
-    assert (tmp_path / "by.png").read_bytes()[1:4] == b"PNG"
-    with pytest.raises(InputError, match="not the folder of a run"):
-        plot([tmp_path / "no"], tmp_path / "c.png")
+        assert message in refusal("plot", unmeasured, "--out", tmp_path / name, program="report")
+    no_run = ["plot", tmp_path, "--out", tmp_path / "a.png"]
+    assert "not the folder of a run" in refusal(*no_run, program="report")
 
 
 def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apart(tmp_path, monkeypatch):
@@ -449,10 +404,7 @@ def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apar
     import matplotlib.pyplot as pyplot
 
     figures = []
-    savefig = pyplot.Figure.savefig
-    monkeypatch.setattr(
-        pyplot.Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or savefig(figure, *a, **k)
-    )
+    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, *_, **options: figures.append(figure))
     runs = [tmp_path / f"seed{seed}" for seed in range(2)]
     for folder, value in zip(runs, (60.0, 70.0)):
         write_run(folder, value)
@@ -471,7 +423,4 @@ def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apar
     plot(runs, tmp_path / "c.png")
     below = {line.get_label(): line.get_ydata() for line in figures[1].axes[1].lines}
     assert {label: list(ys) for label, ys in below.items()} == {"label": [2.0], "EOS after it": [5.0]}
-    assert (
-        "results.json"
-        in run("bars", tmp_path, "--out", tmp_path / "b.png", program="report", status=2).stderr
-    )
+    assert "results.json" in refusal("bars", tmp_path, "--out", tmp_path / "b.png", program="report")
