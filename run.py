@@ -665,6 +665,7 @@ def interrupt(*_) -> None:
     """Ctrl-C and SIGTERM. A second one doesn't disturb the way out, which ends with the process."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
+    sys.unraisablehook = lambda _: None  # what is half made just now can't close itself, and would say so
     raise KeyboardInterrupt
 
 

@@ -292,9 +292,7 @@ def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> N
         return
     fits = isinstance(gists, Gists) and gists.past[0][0].shape[2] == args.gists
     if not fits or (gists.past_mask is not None and not gists.past_mask.all()):
-        raise InputError(
-            f"--init {args.init}: not the keys and values of --gists {args.gists} positions for each task"
-        )
+        raise InputError(f"--init {args.init}: the examples don't give --gists {args.gists} positions")
     run.hyper.start_from(gists)
     if args.init == "pooled":
         generator = torch.Generator().manual_seed(args.seed)

@@ -207,7 +207,7 @@ def existing(folder: str | Path) -> Path:
 def draw_rows(rng: random.Random, rows: Sequence, count: int, name: str | Path) -> list:
     """So many different rows of the task `name`."""
     if len(rows) < count:
-        raise InputError(f"{name}: has only {len(rows)} rows to draw from; {count} are needed for --shots and queries")
+        raise InputError(f"{name}: {len(rows)} rows are too few for --shots and queries: {count} are needed")
     return rng.sample(rows, count)
 
 

@@ -189,7 +189,7 @@ def test_a_target_longer_than_the_budget_is_left_out(tokenizer, tmp_path):
 
 def test_a_task_with_too_few_rows_is_refused_at_the_start(tokenizer, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [(f"q{i}", "yes", []) for i in range(3)])
-    with pytest.raises(InputError, match="has only 3 rows to draw from"):
+    with pytest.raises(InputError, match="3 rows are too few"):
         tiny_batches(tokenizer, tasks=one_task(tmp_path))
 
 

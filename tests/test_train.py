@@ -485,7 +485,7 @@ BAD = [
     ("--task prefix --init random --gists-every 4", "--gists-every belongs to a hypernetwork"),
     ("--task prefix --init text --method fewshot", "no --method"),
     ("--task prefix --init text --optimizer muon", "--optimizer muon is for matrices of layers"),
-    ("--task prefix --init text --gists 600", "fewer tokens"),
+    ("--task prefix --init text --gists 600", "don't give"),
     ("--task sni --gists-every 1 --fuse-instruction", "exclude"),
     ("--task sni --score mean", "--score has no meaning for --task sni"),
     ("--task sni --average 2", "one set of examples"),
