@@ -59,10 +59,10 @@ class Context(NamedTuple):
 def with_gists(tokens: list[int], gist_ids: Sequence[int]) -> Context:
     """Examples and the gists after them: the paper's row.
 
-    The positions, and with them the offset of Appendix B, are decided here. Gists stand at positions 0 … G-1 whatever the length of
-    their examples, which therefore begin at a negative position: rotary attention sees differences
-    only. So all prefixes end at the same position, G; they can be averaged, and other programs' caches
-    take them as they are.
+    The positions, and with them the offset of Appendix B, are decided here. Gists stand at positions
+    0 … G-1 whatever the length of their examples, which therefore begin at a negative position: rotary
+    attention sees differences only. So all queries go on at the same position, G; prefixes can be
+    averaged, and other programs' caches take them as they are.
     """
     G = len(gist_ids)
     T = len(tokens) + G

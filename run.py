@@ -303,8 +303,8 @@ def read_args(folder: Path) -> dict:
 MARK = ".hyperllama"  # in folders that a run made
 FILES = {
     MARK, "args.json", "log.jsonl", "state.safetensors", "adapters.safetensors", "results.json",
-    "scores-*.jsonl", "curve.png", "probe.png", "model.safetensors", "gists.safetensors", "config.json", "tokenizer.model",
-    "tokenizer.json", "tokenizer_config.json",
+    "scores-*.jsonl", "curve.png", "probe.png", "model.safetensors", "gists.safetensors", "config.json",
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
 
@@ -442,7 +442,7 @@ class Run:
 
     @property
     def instruct(self) -> str:
-        """Where the instruction stands in a query that follows gists (Formatter.query): the paper's I or not."""
+        """Where the instruction stands in a query after gists (Formatter.query): the paper's I or not."""
         return "inside" if self.args.instruction_downstream else "no"
 
     @cached_property

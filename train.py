@@ -175,7 +175,8 @@ def train(
             "norm": full_tensor(norm).item(),
             "lr": lr,
         }
-        line |= {f"{term.name}_loss": mean for term, mean in zip(terms, means.tolist()) if term.name and mean}
+        named = {f"{term.name}_loss": mean for term, mean in zip(terms, means.tolist()) if term.name}
+        line |= {name: round(mean, 4) for name, mean in named.items() if mean}
         check_finite(out, args, step, line["loss"] + line["norm"])
         seconds = max(1e-6, time.monotonic() - began)
         line |= {"tokens_per_second": round(read.item() / seconds), "seconds": round(seconds, 4)}
@@ -212,7 +213,8 @@ def get_batches(batches: Callable, args: Options, step: int, device: torch.devic
 def loss_terms(run: Run) -> list[Term]:
     """The cross entropy of the targets, and what chapters of further/ make of it.
 
-    At first nearly all of it is that of EOS: a text seldom ends after its first label. So the log has both apart.
+    At first nearly all of it is that of EOS: a text seldom ends after its first label. So the log has both
+    apart.
     """
     eos = run.formatter.tokenizer.eos
     terms = [Term(1.0, lambda batch: len(batch.targets), cross_entropy)]

@@ -1,8 +1,8 @@
 """No gists at all: the prefix is read where the base gathers an example, at the last token of each answer.
 
 The keys and values at BOS and at these tokens are a prefix of one position more than there are examples.
-With an untrained LoRA set they are a control that costs no training (gist.label_anchors); training starts there,
-while gist tokens start from nothing. On a small real base this is what works (docs/real.md).
+With an untrained LoRA set they are a control that costs no training (gist.label_anchors); training starts
+there, while gist tokens start from nothing. On a small real base this is what works (docs/real.md).
 """
 
 from gist import Compression, Context, HyperLlama, label_anchors

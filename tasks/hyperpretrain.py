@@ -53,7 +53,8 @@ DEFAULTS = {
     "large": {"steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5, "sets": 1},
     "tiny": {
         "steps": 2800, "batch_size": 24, "optimizer": "muon", "lr": 1e-2, "gist_lr": 2.5e-3, "lm": 0.5,
-        "in_order": True, "context": 401, "shortest_context": 113, "query_length": 65, "sets": 1, "measure": 7,
+        "in_order": True, "context": 401, "shortest_context": 113, "query_length": 65,
+        "sets": 1, "measure": 7,
     },
 }  # fmt: skip
 
@@ -324,9 +325,9 @@ def losses(args: Options, hyper: HyperLlama, formatter: Formatter, gists: bool =
 def evaluate(run: Run) -> tuple[dict, list[list[str]]]:
     """What results.json holds, and the lines of a table.
 
-    "kept" is the share of the context's benefit that the gists keep, in percent:
-    (without - gists) / (without - in full), all of the trained model. Above 100: it predicts better after gists
-    than with A and D in full, which is what it was trained for.
+    "kept" is the share of the context's benefit that the gists keep, in percent: (without - gists) /
+    (without - in full), all of the trained model. Above 100: it predicts better after gists than with A and D
+    in full, which is what it was trained for.
     """
     args = run.args
     began = time.monotonic()
@@ -403,8 +404,9 @@ def write_config(folder: Path, c: Config, bos: int = 1, eos: int = 2) -> None:
     """Hugging Face's config.json."""
     scaling = c.rope_scaling and {"rope_type": "llama3"} | c.rope_scaling._asdict()
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": c.vocab,
-        "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": c.vocab, "hidden_size": c.width,
+        "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads, "head_dim": c.head_size, "intermediate_size": c.hidden,
         "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "rope_scaling": scaling,
         "max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tied, "bos_token_id": bos,

@@ -30,8 +30,8 @@ OPTIONS = {
         kind=str,
         choices=INITS,
         help="prefix: what a prefix starts from: gists of --run; a prefix tuned on training tasks; random "
-        "numbers; an MLP; slots that pass through the layers; the examples' first tokens, their labels, or all "
-        "of their tokens averaged",
+        "numbers; an MLP; slots that pass through the layers; the examples' first tokens, their labels, or "
+        "all of their tokens averaged",
     ),
     "run": option(
         kind=Path, help="prefix: a finished run whose hypernetwork makes the prefixes to start from"

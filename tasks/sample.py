@@ -36,7 +36,7 @@ def score(answer: str, query: Example) -> float:
 
 def read(path) -> list[Example]:
     """The rows of a file. Whatever is wrong in it names it."""
-    with reading(path, "not a CSV file with text and label"), open(path, newline="", encoding="utf-8") as file:
+    with reading(path, "not a CSV file of text and label"), open(path, newline="", encoding="utf-8") as file:
         rows = [(row["text"].strip(), row["label"].strip()) for row in csv.DictReader(file)]
     choices = tuple(sorted({label for _, label in rows}))
     if len(choices) < 2 or not all(choices):

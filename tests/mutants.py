@@ -241,7 +241,7 @@ MUTANTS = [
         "[b for b, _, _ in queries]", "[(b + 1) % len(samples) for b, _, _ in queries]"),
     Mutant("mean of the batches' means", "train.py", [STEP],
         "loss = (weights * parts / counts).sum()",
-        "loss = (weights * parts / torch.tensor([t.count(batch) for t in terms])).sum() / len(micro_batches)"),
+        "loss = (weights * parts / torch.tensor([t.count(batch) for t in terms])).sum() / args.accumulate"),
     Mutant("a batch is divided by its own count", "train.py", [STEP],
         "loss = (weights * parts / counts).sum()",
         "loss = (weights * parts / torch.tensor([t.count(batch) for t in terms])).sum()"),

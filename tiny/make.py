@@ -1,13 +1,13 @@
-"""Makes the miniature: data of four kinds, a tokenizer, a tiny Llama-2, and the same after compression hyperpretraining.
+"""Makes the miniature: data, a tokenizer, a tiny Llama-2, and the same after compression hyperpretraining.
 
     python -m tiny.make            all of it, from a seed, in place of what lies beside this file
 
-Needs torch 2.9 or later (for the Muon optimizer); on one CPU core it takes about two hours and a half.
+Needs torch 2.9 or later (for the Muon optimizer); it takes about two hours and three quarters on one core.
 
 This script writes the data and trains the base, an ordinary language model. Compression is left to the
 project's own command, train.py --task hyperpretrain: tiny/llama-c is the folder of that run. Its text begins
 with lists and stories (texts.py) and goes on with all kinds that the base has read, the tasks' layouts
-among them; what goes together in held-out tasks never does in a text.
+among them; no text gives words the labels that a held-out task gives them.
 
 Looking a word up in what came before doesn't come by itself: the base reads repeated strings first, then
 lists of single words, phrases, pairs, and at last sentences, random tasks with a definition, random sets to
@@ -105,7 +105,7 @@ def definition_rows(rng: random.Random, examples: int, queries: int) -> Iterator
 
 
 def definitions(rng: random.Random) -> Iterator[Row | None]:
-    """Tasks with a definition one after the other, each with up to four examples and a query, as texts of their own."""
+    """Tasks with a definition, texts of their own, each with up to four examples and a query."""
     while True:
         yield from definition_rows(rng, rng.randint(0, 4), 1)
         yield NEXT
@@ -248,7 +248,7 @@ class Optimizers:
 
 
 def document_loss(model: Llama, documents: list[Document]) -> tuple[Tensor, Tensor]:
-    """Mean loss of all tokens, plus that of the tokens that can be known; and the share of these that is right, [B]."""
+    """Mean loss of all tokens, plus that of those that can be known; which share of these is right [B]."""
     tokens, known = (
         ragged([tokens for tokens, _ in documents]),
         ragged([known for _, known in documents]).bool()[:, 1:],
@@ -304,10 +304,9 @@ def pretrain(model: Llama, tokenizer: Tokenizer, seed: int, stages: list[Stage])
             if step % 25 == 0:
                 shares_right = mean_by_kind([NAMES[kind] for kind in kinds], right)
                 text = ", ".join(f"{name} {share:.0f} %" for name, share in shares_right.items())
-                print(
-                    f"{time.time() - began:5.0f} s  step {step}/{total}  loss {loss.item():.2f}  right: {text}",
-                    flush=True,
-                )
+                seconds = time.time() - began
+                begin = f"{seconds:5.0f} s  step {step}/{total}  loss {loss.item():.2f}"
+                print(f"{begin}  right: {text}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------- the files
@@ -437,7 +436,7 @@ TEXTS = {  # file -> millions of letters, shares of texts.KINDS, or of NAMES: ea
 
 
 def texts_of(rng: random.Random, kind: int) -> list[str]:
-    """A text of a kind that the base was trained on, of 600 to 2400 letters; or tasks with a definition, so many."""
+    """600 to 2400 letters of a kind that the base was trained on: a text, or tasks with a definition."""
     if kind == TEXT:
         return [texts.text(rng, TEXTS[STORIES][1], 600, 2400)]
     rows = rows_of(rng, kind, WORDS, all_symbols=False)
@@ -527,6 +526,7 @@ def main() -> None:
         [sys.executable, HERE.parent / "train.py", *hyperpretrain, "--seed", str(args.seed)], check=True
     )
     (compressed / "state.safetensors").unlink()  # to go on with the run, and large
+    (compressed / "curve.png").unlink()  # figures/ has one
     (compressed / ".hyperllama").unlink()  # nothing overwrites this run
 
 

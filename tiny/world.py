@@ -127,7 +127,7 @@ def p3(rng: random.Random) -> tuple[dict[str, Task], dict[str, Task]]:
     """The miniature's P3: training tasks and held-out tasks by name.
 
     Training: for each kind of word 20 groupings, each in one wording, and for two of them spotting tasks.
-    Held out: two new groupings with new labels for each kind, half of them in three groups, two more, and
+    Held out: two groupings with new labels for each kind, half of them in three groups, two more, and
     two spotting tasks.
     """
     train, held_out = {}, {}
@@ -170,7 +170,7 @@ PICKS = [(a,) for a in KINDS] + [(a, b) for a in KINDS for b in KINDS if a != b 
 
 
 def is_held_out(pick: tuple[str, ...], form: str) -> bool:
-    """A fifth of the ways to combine a pick with a form is kept for held-out tasks; all picks and forms train."""
+    """A fifth of the ways to combine a pick with a form is held out; all picks and all forms train."""
     return (PICKS.index(pick) + 2 * list(FORMS).index(form)) % 5 == 0
 
 
@@ -202,7 +202,7 @@ def random_instruction(rng: random.Random, words: list[str], held_out: bool) -> 
 
 
 def sni(rng: random.Random) -> tuple[dict[str, Instruction], dict[str, Instruction]]:
-    """The miniature's Super-NaturalInstructions: training and held-out tasks by name, no two of them the same."""
+    """The miniature's Super-NaturalInstructions: training and held-out tasks by name, all different."""
     found = []
     for count, words, held_out in ((60, TRAIN_LABELS, False), (12, HELDOUT_LABELS, True)):
         tasks: dict[str, Instruction] = {}
@@ -222,8 +222,9 @@ def sni(rng: random.Random) -> tuple[dict[str, Instruction], dict[str, Instructi
 # ------------------------------------------------------------- sets to classify (symbol tuning)
 
 SHORT = [
-    "Look at the {animal}.", "The {animal} runs home.", "Everything is {colour}.", "What a nice {colour} one!",
-    "We go to the {place}.", "They live near the {place}.", "I like {food}.", "We had {food} again.",
+    "Look at the {animal}.", "The {animal} runs home.", "Everything is {colour}.",
+    "What a nice {colour} one!", "We go to the {place}.",
+    "They live near the {place}.", "I like {food}.", "We had {food} again.",
     "{person} smiles.", "It was {person} who came.", "The {tool} is old.", "Put the {tool} away.",
 ]  # fmt: skip
 HELDOUT_TOPICS = [
