@@ -134,9 +134,9 @@ is the mean of ten draws of symbols, formats and examples. The paper gives an or
     "text": """Loss per token on segment C after B, on held-out text, with the gists of A and D, which have
 384 tokens: the run that made `tiny/llama-c`, one seed. "Before" is the base. Both have read texts in the
 layouts of P3, Super-NaturalInstructions and symbol tuning: the base in rows of up to 448 tokens, C in the
-last of its three files of text. Share kept is (without - gists) / (without - in full), all after training. The
-picture shows P3's held-out tasks along the way, answered after the gists of 16 examples: no step is taken on
-any task.""",
+last of its three files of text. Share kept is (without - gists) / (without - in full), all after training.
+The picture shows P3's held-out tasks along the way, answered after the gists of 16 examples: no step is taken
+on any task.""",
     "helps": """P3 as above, 300 steps each; from the base (HyperLlama) and from C. distill: 1 × the
 divergence from the base's answer with all examples in context; reconstruct: 0.5 × the loss of saying the
 examples again after the gists; both: these two; gists every 4: four gists after every four examples, rather
