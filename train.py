@@ -222,7 +222,7 @@ def loss_terms(run: Run) -> list[Term]:
         if chapter.terms:
             terms = chapter.terms(run, terms)
     for name, is_end in (("label", False), ("end", True)):
-        terms.append(part_of_targets(name, lambda targets, is_end=is_end: (targets == eos) == is_end))
+        terms.append(part_of_targets(name, eos, is_end))
     return terms
 
 
@@ -230,15 +230,18 @@ def cross_entropy(hyper: nn.Module, batch: Batch, gists, logits: Tensor) -> Tens
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
-def part_of_targets(name: str, chosen: Callable) -> Term:
-    """The cross entropy of some targets, for the log alone. chosen: targets [M] -> [M] bool"""
+def part_of_targets(name: str, eos: int, is_end: bool) -> Term:
+    """The cross entropy of the targets that are EOS, or of those that aren't, for the log alone."""
+
+    def chosen(batch: Batch) -> Tensor:
+        return (batch.targets == eos) == is_end
 
     @torch.no_grad()
     def loss(hyper: nn.Module, batch: Batch, gists, logits: Tensor) -> Tensor:
-        some = chosen(batch.targets)
-        return F.cross_entropy(logits[some].float(), batch.targets[some], reduction="sum")
+        part = chosen(batch)
+        return F.cross_entropy(logits[part].float(), batch.targets[part], reduction="sum")
 
-    return Term(0.0, lambda batch: int(chosen(batch.targets).sum()), loss, name)
+    return Term(0.0, lambda batch: int(chosen(batch).sum()), loss, name)
 
 
 def in_short(line: dict) -> str:

@@ -456,14 +456,17 @@ def write_text(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, (millions, shares) in TEXTS.items():
         written = []
+        letters = 0
         draws = 0
-        while sum(map(len, written)) < 1e6 * millions:
+        while letters < 1e6 * millions:
             rng = random.Random(f"text {seed} {name} {draws}")
             if name == ALL:
                 (kind,) = rng.choices(range(len(NAMES)), shares)
-                written += texts_of(rng, kind)
+                new = texts_of(rng, kind)
             else:
-                written.append(texts.text(rng, shares, 600, 2400))
+                new = [texts.text(rng, shares, 600, 2400)]
+            written += new
+            letters += sum(map(len, new))
             draws += 1
         lines = (json.dumps({"text": text}) + "\n" for text in written)
         (folder / name).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
