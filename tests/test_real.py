@@ -221,6 +221,24 @@ def test_a_real_model_has_the_logits_and_the_text_of_transformers(real, theirs):
 
 
 @needs_real_model
+def test_nf4_of_a_real_model_is_that_of_bitsandbytes_in_transformers(real):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = transformers.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=torch.float32)
+    their = transformers.AutoModelForCausalLM.from_pretrained(
+        REAL, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    their.train()  # in eval mode it would repack its weights, on some CPUs, for products in bfloat16
+    tokenizer = real[1]
+    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(TEXT)]])
+    with torch.no_grad():
+        ours = load(REAL, linear=NF4Linear)(ids)[0]
+        torch.testing.assert_close(ours, their(ids).logits, atol=1e-3, rtol=0)
+        assert not torch.allclose(ours, real[0](ids)[0], atol=0.1)  # four bits do change them
+
+
+@needs_real_model
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data files are not here")
 def test_a_real_tokenizer_has_the_tokens_of_transformers(real):
     transformers = pytest.importorskip("transformers")
