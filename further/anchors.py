@@ -21,7 +21,9 @@ def check(args) -> None:
 
 
 def compression(args) -> Compression | None:
-    return Compression(contexts, build=without_gists) if args.anchors else None
+    if not args.anchors or args.concat or args.chain:  # (several sets: chain.py)
+        return None
+    return Compression(contexts, build=without_gists)
 
 
 def without_gists(hyper: HyperLlama, generator) -> None:

@@ -4,14 +4,15 @@
     --chain N    the same, and each set also sees the gists of those before it, as in a joint pass
                  over all of them (recurrent compression, as in AutoCompressors); also in training
 
-N · 16 gists stand for N times as many examples as a context holds. RESULTS.md, "What helps": it is the
-one thing beyond the paper that helps from C.
+N · 16 gists stand for N times as many examples as a context holds; so do label anchors (anchors.py), put
+together in the same two ways. RESULTS.md, "What helps": it is the one thing beyond the paper that helps
+from C.
 """
 
 import torch
 
-from data import Formatter
-from gist import Compression, Context, Gists, HyperLlama, Rows, with_gists
+from further import anchors
+from gist import Compression, Context, Gists, HyperLlama, Rows, one_context
 from llama import InputError
 from run import option
 
@@ -39,43 +40,56 @@ def compression(args) -> Compression | None:
     if not sets:
         return None
 
-    def contexts(formatter: Formatter, episode, gist_ids) -> list[Context]:
-        rows = []
-        for part in episode.split(sets):
-            rows.append(with_gists(formatter.context_tokens(part, reserved=len(gist_ids)), gist_ids))
-        return placed(rows, len(gist_ids), joined=bool(args.chain))
+    of_one_set = anchors.contexts if args.anchors else one_context
 
-    return Compression(contexts, chain if args.chain else side_by_side, sets)
+    def contexts(formatter, episode, gist_ids) -> list[Context]:
+        rows = [row for part in episode.split(sets) for row in of_one_set(formatter, part, gist_ids)]
+        return placed(rows, joined=bool(args.chain))
+
+    build = anchors.without_gists if args.anchors else None
+    return Compression(contexts, chain if args.chain else side_by_side, sets, build)
 
 
-def placed(rows: list[Context], G: int, joined: bool) -> list[Context]:
-    """The same rows where they have to stand, the last gist at len(rows)·G - 1.
+def placed(rows: list[Context], joined: bool) -> list[Context]:
+    """The same rows where they have to stand: the last token that is kept right before the query.
 
-    joined: all rows follow one another, as in a joint pass; else only their gists do.
+    joined: all rows follow one another, as in a joint pass; else only what is kept of them does.
     """
     moved = []
-    end = len(rows) * G
+    end = sum(len(row.kept) for row in rows)
     for row in reversed(rows):
         moved.append(row._replace(positions=list(range(end - len(row.tokens), end))))
-        end -= len(row.tokens) if joined else G
+        end -= len(row.tokens) if joined else len(row.kept)
     return moved[::-1]
 
 
 def side_by_side(hyper: HyperLlama, pieces: list[Rows]) -> Gists:
-    sets = [hyper.compress(rows) for rows in pieces]
-    past = sets[0].past
-    for gists in sets[1:]:
-        past = append(past, gists.past)
-    return Gists(past, sets[-1].offset)
+    gists = hyper.compress(pieces[0])
+    for rows in pieces[1:]:
+        gists = append(gists, hyper.compress(rows))
+    return gists
 
 
 def chain(hyper: HyperLlama, pieces: list[Rows]) -> Gists:
     gists = hyper.compress(pieces[0])
     for rows in pieces[1:]:
-        more = hyper.compress(rows, past=gists.past)
-        gists = Gists(append(gists.past, more.past), more.offset)
+        before = gists.as_past(rows.tokens.shape[1])
+        gists = append(gists, hyper.compress(rows, before["past"], before["mask"]))
     return gists
 
 
-def append(past, more) -> list:
-    return [(torch.cat(k, dim=2), torch.cat(v, dim=2)) for k, v in map(zip, past, more)]
+def append(gists: Gists, more: Gists) -> Gists:
+    """One prefix after another, as far as each is real."""
+    past = [(torch.cat(k, dim=2), torch.cat(v, dim=2)) for k, v in map(zip, gists.past, more.past)]
+    masks = None
+    if gists.past_mask is not None or more.past_mask is not None:
+        masks = torch.cat([real(gists), real(more)], dim=1)
+    return Gists(past, more.offset, masks)
+
+
+def real(gists: Gists) -> torch.Tensor:
+    """[B, P] which of the past is real."""
+    if gists.past_mask is not None:
+        return gists.past_mask
+    B, _, P, _ = gists.past[0][0].shape
+    return torch.ones(B, P, dtype=torch.bool, device=gists.offset.device)

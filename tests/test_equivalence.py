@@ -15,6 +15,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import accumulate
 from statistics import fmean
 from typing import NamedTuple
 
@@ -222,11 +223,14 @@ WAYS = {
     "fusion": {"fuse_instruction": True},
     "concat": {"concat": 2},
     "chain": {"chain": 2},
+    "anchors": {"anchors": True},
+    "anchors concat": {"anchors": True, "concat": 2},
+    "anchors chain": {"anchors": True, "chain": 2},
 }
 
 
 class Laid(NamedTuple):
-    """Instruction, examples and gists as one row, before a query."""
+    """Instruction, examples and gists (or anchors) as one row, before a query."""
 
     tokens: list[int]
     positions: list[int]
@@ -235,29 +239,36 @@ class Laid(NamedTuple):
 
 
 def lay_out(way: str, episode: Episode) -> Laid:
+    kind, _, joined = way.partition(" ")
+    joined = joined or kind
+    gists = [] if kind == "anchors" else GISTS
     start, examples = [BOS, *encode(episode.instruction)], [*map(shot, episode.shots)]
-    segments = [start + sum(examples, []) + GISTS]
-    if way in ("concat", "chain"):
-        segments = [start + sum(examples[n::2], []) + GISTS for n in range(2)]
+    parts = [examples[n::2] for n in range(2)] if joined in ("concat", "chain") else [examples]
+    segments = [start + sum(part, []) + gists for part in parts]
     if way == "among":
-        parts = max(1, -(-len(examples) // 2))
+        count = max(1, -(-len(examples) // 2))
         segments = []
-        for n in range(parts):
-            gists = GISTS[n * G // parts : (n + 1) * G // parts]
-            segments.append(sum(examples[2 * n : 2 * n + 2], start if n == 0 else []) + gists)
+        for n in range(count):
+            own = GISTS[n * G // count : (n + 1) * G // count]
+            segments.append(sum(examples[2 * n : 2 * n + 2], start if n == 0 else []) + own)
     tokens = sum(segments, [])
     positions = [*range(len(tokens))]
     number = torch.tensor([n for n, segment in enumerate(segments) for _ in segment])
-    is_gist = torch.tensor(tokens) >= 50
-    if way == "concat":  # the gists of the second set follow those of the first
-        ends = [(n + 1) * G for n in range(2)]
-        positions = [p for end, segment in zip(ends, segments) for p in range(end - len(segment), end)]
+    is_kept = torch.tensor(tokens) >= 50
+    kept = [G] * len(parts)
+    if kind == "anchors":  # BOS, the instruction's last token and each example's, in every segment
+        ends = [{1, *accumulate([len(start), *map(len, part)])} for part in parts]
+        is_kept = torch.tensor([t + 1 in ends[n] for n, own in enumerate(segments) for t in range(len(own))])
+        kept = [*map(len, ends)]
+    if joined == "concat":  # what is kept of the second set follows that of the first
+        last = accumulate(kept)
+        positions = [p for end, own in zip(last, segments) for p in range(end - len(own), end)]
     if way == "spread":  # when a g-th of the tokens is read
         T = len(tokens) - G
         positions[T:] = [T * g // G - 1 for g in range(1, G + 1)]
     same = number[:, None] == number
-    visible = (same if way == "concat" else same | is_gist).tril()
-    left = is_gist.clone()
+    visible = (same if joined == "concat" else same | is_kept).tril()
+    left = is_kept.clone()
     left[: len(start)] |= way == "fusion" and episode.instruction != ""
     return Laid(tokens, positions, visible, left)
 
@@ -506,12 +517,15 @@ def after_laid(hyper, laid: Laid, query: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_make_a_prefix_has_the_logits_and_the_gradients_of_one_row(way):
-    """Rows of unequal length, one with an instruction; prefixes end at the same position."""
+    """Rows of unequal length, one with an instruction; gists end at the same position, anchors where they may."""
     run, other = run_of(random_hyper("downstream"), **WAYS[way]), random_hyper("downstream")
     batches, episodes = recorded_batches(run, instructed=True)
-    batch = batches(0, range(6, 8))
+    batch = batches(0, range(5, 8))
     logits, gists = run.hyper(batch)
-    assert gists.offset.tolist() == [G * run.hyper.compression.sets] * 2
+    expected = [G * run.hyper.compression.sets] * 3
+    if "anchors" in way:
+        expected = [int(lay_out(way, episode).left.sum()) for episode in episodes]
+    assert gists.offset.tolist() == expected
 
     laid = [lay_out(way, episode) for episode in episodes for _ in episode.queries]
     pairs, expected = pairs_by_hand(episodes, lambda episode: [BOS]), []
