@@ -179,6 +179,15 @@ class Formatter:
         self.count("targets", not fits)
         return fits
 
+    def first_that_fits(self, draw: Callable[[], Episode]) -> Episode:
+        """Of a hundred drawn episodes the first with a query whose target fits, and only such queries."""
+        for _ in range(100):
+            episode = draw()
+            queries = [query for query in episode.queries if self.fits(query)]
+            if queries:
+                return replace(episode, queries=queries)
+        raise InputError(f"no target fits into {self.query_length} tokens (--query-length)")
+
 
 LEFT_OUT = {  # what is counted -> what becomes of it where it doesn't fit
     "shots": "examples left out, because the context was full",
@@ -300,21 +309,15 @@ class EpisodeBatches:
         return collate([self.sample(random.Random(f"{seed} {number}")) for number in numbers])
 
     def sample(self, rng: random.Random) -> Sample:
-        episode = self.episode(rng)
+        def draw() -> Episode:
+            (task,) = rng.choices(self.tasks, self.weights)
+            return task.draw(rng, self.shots * self.compression.sets, self.queries)
+
+        episode = self.formatter.first_that_fits(draw)
         context = None
         if self.method == "hyper":
             context = self.compression.contexts(self.formatter, episode, self.gist_ids)
         return Sample(context, [self.prompt_and_target(episode, query) for query in episode.queries])
-
-    def episode(self, rng: random.Random) -> Episode:
-        """An episode of some task, with the queries whose targets fit."""
-        for _ in range(100):
-            (task,) = rng.choices(self.tasks, self.weights)
-            episode = task.draw(rng, self.shots * self.compression.sets, self.queries)
-            queries = [query for query in episode.queries if self.formatter.fits(query)]
-            if queries:
-                return replace(episode, queries=queries)
-        raise InputError(f"no target fits into {self.formatter.query_length} tokens (--query-length)")
 
     def prompt_and_target(self, episode: Episode, query: Example) -> tuple[list[int], list[int]]:
         f = self.formatter

@@ -324,29 +324,32 @@ def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Enc
     """The answer to each query: its best-scored choice, or what the model writes."""
     most = run.args.eval_tokens
     adapter = run.hyper.downstream_adapter if column.trained else None
-    answers = [[""] * len(episode.queries) for episode in episodes]
+    answers: list[list[str]] = [[] for _ in episodes]
     for part in token_batches([context_length(item.context) for item in encoded], most):
         prefix = column.prefix(run, [encoded[e].context for e in part], adapter) if column.prefix else None
         P = prefix.as_past(1)["past"] if prefix else None
         P = P[0][0].shape[2] if P else 0
-        queries = [(row, e, q) for row, e in enumerate(part) for q in range(len(episodes[e].queries))]
-        prompts = [encoded[e].prompts[q] for _, e, q in queries]
-        choices = [encoded[e].choices[q] for _, e, q in queries]
+        queries = [query for e in part for query in episodes[e].queries]
+        prompts = [prompt for e in part for prompt in encoded[e].prompts]
+        choices = [options for e in part for options in encoded[e].choices]
+        rows = [
+            row for row, e in enumerate(part) for _ in episodes[e].queries
+        ]  # whose prefix a query follows
         lengths = [P + (row_length(p, c) if c else len(p) + MAX_NEW_TOKENS) for p, c in zip(prompts, choices)]
+        texts = [""] * len(queries)
         for chosen in token_batches(lengths, most):
-            rows = torch.tensor([queries[i][0] for i in chosen], device=run.device)
-            own = prefix[rows] if prefix else None
+            own = prefix[torch.tensor([rows[i] for i in chosen], device=run.device)] if prefix else None
+            asked = [prompts[i] for i in chosen]
             if choices[chosen[0]]:
-                found = choose(run, [prompts[i] for i in chosen], [choices[i] for i in chosen], own, adapter)
-                names = [
-                    episodes[queries[i][1]].queries[queries[i][2]].choices[best]
-                    for i, best in zip(chosen, found)
-                ]
+                best = choose(run, asked, [choices[i] for i in chosen], own, adapter)
+                found = [queries[i].choices[number] for i, number in zip(chosen, best)]
             else:
-                names = write_answers(run, episodes[part[0]], [prompts[i] for i in chosen], own, adapter)
-            for i, name in zip(chosen, names):
-                _, e, q = queries[i]
-                answers[e][q] = name
+                found = write_answers(run, episodes[part[0]], asked, own, adapter)
+            for i, text in zip(chosen, found):
+                texts[i] = text
+        remaining = iter(texts)
+        for e in part:
+            answers[e] = [next(remaining) for _ in episodes[e].queries]
     return [answer for texts in answers for answer in texts]
 
 

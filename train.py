@@ -74,6 +74,8 @@ def main() -> None:
     rank, world = start_processes()
     if args.batch_size < world:
         raise InputError(f"--batch-size {args.batch_size}: {world} processes need a row each")
+    if args.optimizer == "muon" and (not hasattr(torch.optim, "Muon") or dist.is_initialized()):
+        raise InputError("--optimizer muon needs torch 2.9 or later and a single process; adamw doesn't")
     if rank == 0:
         check_folder(out, args, resume, overwrite)
     # All that can be wrong with a run is found before anything is replaced.
@@ -85,7 +87,6 @@ def main() -> None:
     counting.formatter.left_out.clear()
     watched = task.watched(run)
     held_out = draw_held_out(watched) if watched else None
-    make_optimizers(run.hyper, args)
     if rank == 0:
         start_folder(out, args, resume, overwrite)
         held = f"{len(held_out.tasks)} held out, " if held_out and not task.evaluate else ""
@@ -292,14 +293,6 @@ def make_optimizers(hyper: nn.Module, args: Options) -> list[torch.optim.Optimiz
     if args.optimizer == "adamw":
         groups = [group for group in (main, rest) if group["params"]]
         return [torch.optim.AdamW(groups, args.lr, BETAS, weight_decay=0.0, fused=True)]
-    if (
-        not hasattr(torch.optim, "Muon")
-        or isinstance(main["params"][0], DTensor)
-        or "WORLD_SIZE" in os.environ
-    ):
-        raise InputError(
-            "--optimizer muon needs torch 2.9 or later and a single process; --optimizer adamw doesn't"
-        )
     return [
         torch.optim.Muon([main], args.lr, weight_decay=0.1, adjust_lr_fn="original"),
         torch.optim.AdamW([rest], args.gist_lr, BETAS, weight_decay=0.0, fused=True),

@@ -213,20 +213,17 @@ class PrefixBatches:
         return collate([self.sample(seed, number, task) for number in numbers for task in tasks])
 
     def sample(self, seed: int, number: int, task: p3.Prompt | None) -> Sample:
-        episode = self.episode(random.Random(f"{seed} {task.name if task else 'shared'} {number}"), task)
+        rng = random.Random(f"{seed} {task.name if task else 'shared'} {number}")
+
+        def draw() -> Episode:
+            chosen = task or rng.choices(self.tasks, [t.weight for t in self.tasks])[0]
+            return chosen.draw(rng, 0, 1)
+
+        episode = self.formatter.first_that_fits(draw)
         (query,) = episode.queries
         target = self.formatter.training_target(episode, query.target)
         prompt = self.formatter.query(episode, query, self.formatter.query_length - len(target))
         return Sample(None, [(prompt, target)])
-
-    def episode(self, rng: random.Random, task: p3.Prompt | None) -> Episode:
-        """A query of this task, or of any, whose target fits."""
-        for _ in range(100):
-            drawn = task or rng.choices(self.tasks, [t.weight for t in self.tasks])[0]
-            episode = drawn.draw(rng, 0, 1)
-            if self.formatter.fits(episode.queries[0]):
-                return episode
-        raise InputError(f"no target fits into {self.formatter.query_length} tokens (--query-length)")
 
 
 # ------------------------------------------------------------------------------ what a prefix starts from
