@@ -204,23 +204,21 @@ def resolve_args(typed: dict, run: dict | None = None, check: bool = True) -> Op
 def check_args(args: Options, typed: dict) -> None:
     """InputError for options that exclude each other; a note for those that change nothing."""
     task = tasks.find(args.task)
-    for name in typed.keys() & set(task.WITHOUT):
-        raise InputError(f"{flag(name)} has no meaning for --task {args.task}")
+    defaults = {f.name: f.default for f in fields(args)}
+    for name in task.WITHOUT:
+        if typed.get(name, defaults[name]) != defaults[name]:
+            raise InputError(f"{flag(name)} has no meaning for --task {args.task}")
     for name in plugins("tasks"):
         for other, f in tasks.find(name).OPTIONS.items():
             if other not in task.OPTIONS and getattr(args, other) != f.default:
                 raise InputError(f"{flag(other)} belongs to --task {name}")
     if args.downstream != "frozen" and args.method != "hyper":
         raise InputError(f"--downstream {args.downstream} belongs to --method hyper")
-    if args.average and args.method != "hyper":
-        raise InputError("--average belongs to --method hyper")
-    if args.average and task.ONE_SET:
-        raise InputError(f"--average: --task {args.task} has one set of examples")
     task.check(args)
-    for chapter in plugins("further").values():
-        if any(getattr(args, name) != f.default for name, f in chapter.OPTIONS.items()):
-            chapter.check(args)
     compression_of(args)
+    for chapter in plugins("further").values():
+        if chapter.check and any(getattr(args, name) != f.default for name, f in chapter.OPTIONS.items()):
+            chapter.check(args)
     if args.method != "hyper":
         for name in sorted(typed.keys() & {"gists", "gist_lr", "controls"}):
             print(f"note: {flag(name)} changes nothing with --method {args.method}", file=sys.stderr)
@@ -238,9 +236,17 @@ def compression_of(args: Options) -> Compression:
         if way:
             typed = [flag(name) for name, f in chapter.OPTIONS.items() if getattr(args, name) != f.default]
             ways[" and ".join(typed)] = way
+    if not ways:
+        return Compression()
+    task = tasks.find(args.task)
+    name, way = next(iter(ways.items()))
+    if args.method != "hyper" or not task.WAYS:
+        raise InputError(f"{name} belongs to a hypernetwork that is trained on tasks")
     if len(ways) > 1:
         raise InputError(f"{', '.join(ways)} exclude each other: each is a way to make one prefix")
-    return next(iter(ways.values()), Compression())
+    if way.sets > 1 and task.ONE_SET:
+        raise InputError(f"{name}: --task {args.task} has one set of examples")
+    return way
 
 
 def default_folder(args: Options) -> str:

@@ -31,9 +31,9 @@ Updates = dict[
 
 
 def check(args) -> None:
-    if args.method != "hyper" or args.gists % 2 or args.task in ("prefix", "hyperpretrain"):
+    if args.gists % 2:
         raise InputError(
-            "--emit lora belongs to a hypernetwork that is trained on tasks, with an even number of gists"
+            "--emit lora needs an even number of gists: half of them for q_proj, half for v_proj"
         )
 
 

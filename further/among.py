@@ -15,8 +15,6 @@ terms = None  # the loss stays as it is
 
 
 def check(args) -> None:
-    if args.method != "hyper" or args.task in ("prefix", "hyperpretrain"):
-        raise InputError("--gists-every belongs to a hypernetwork that is trained on tasks")
     if args.gists_every > args.shots and args.task != "symbol":  # (whose shots are per class)
         raise InputError(f"--gists-every {args.gists_every}: there are only {args.shots} --shots")
 

@@ -6,18 +6,13 @@ there, while gist tokens start from nothing. On a small real base this is what w
 """
 
 from gist import Compression, Context, HyperLlama, label_anchors
-from llama import InputError
 from run import option
 
 OPTIONS = {
     "anchors": option(False, help="the prefix is read at the last token of each example, without gists")
 }
 terms = None  # the loss stays as it is
-
-
-def check(args) -> None:
-    if args.method != "hyper" or args.task in ("prefix", "hyperpretrain"):
-        raise InputError("--anchors belongs to a hypernetwork that is trained on tasks")
+check = None  # run.compression_of says what it doesn't go with
 
 
 def compression(args) -> Compression | None:

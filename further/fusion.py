@@ -18,8 +18,8 @@ terms = None  # the loss stays as it is
 
 
 def check(args) -> None:
-    if args.task != "sni" or args.method != "hyper":
-        raise InputError("--fuse-instruction belongs to --task sni with --method hyper")
+    if args.task != "sni":
+        raise InputError("--fuse-instruction belongs to --task sni")
 
 
 def compression(args) -> Compression | None:

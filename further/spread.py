@@ -5,16 +5,11 @@ A query then sees each gist at about the distance of the examples that it stands
 """
 
 from gist import Compression, Context
-from llama import InputError
 from run import option
 
 OPTIONS = {"gists_spread": option(False, help="the gists' positions spread evenly over what they compress")}
 terms = None  # the loss stays as it is
-
-
-def check(args) -> None:
-    if args.method != "hyper" or args.task in ("prefix", "hyperpretrain"):
-        raise InputError("--gists-spread belongs to a hypernetwork that is trained on tasks")
+check = None  # run.compression_of says what it doesn't go with
 
 
 def compression(args) -> Compression | None:

@@ -6,6 +6,7 @@ from data import PLAIN, Episode, EpisodeBatches
 OPTIONS = {}  # its own options: name -> run.option(…)
 WITHOUT = ("instruction_downstream",)  # options that mean nothing to it
 ONE_SET = False  # whether its examples are given, so that there is only one set of them
+WAYS = True  # whether its examples can become a prefix in other ways than the paper's (run.compression_of)
 LAYOUT = PLAIN  # for one's own examples (tools.answer)
 evaluate = None  # (run) -> results and table, instead of eval.evaluate
 prefix_of = (

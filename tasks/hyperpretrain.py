@@ -36,6 +36,7 @@ from tasks.rows import as_text, existing, map_file, parse_line
 FOLDER = "text"
 MODEL = "llama"
 METRIC = "loss"
+WAYS = False
 OPTIONS = {
     "in_order": option(False, help="hyperpretrain: read the files of text one after the other, by name"),
     "shortest_context": option(
@@ -48,7 +49,10 @@ OPTIONS = {
         help="hyperpretrain: P3 folder whose held-out tasks --measure scores (the miniature's)",
     ),
 }
-WITHOUT = ("shots", "sets", "score", "rank", "alpha", "controls", "instruction_downstream", "average")
+WITHOUT = (
+    "method", "downstream", "quantize", "rank", "alpha",  # all parameters are trained, without LoRA
+    "shots", "sets", "score", "controls", "instruction_downstream",
+)  # fmt: skip
 DEFAULTS = {
     "large": {"steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5, "sets": 1},
     "tiny": {
@@ -64,14 +68,10 @@ def load(args: Options, formatter: Formatter, split: str) -> list:
 
 
 def check(args: Options) -> None:
-    if args.method != "hyper" or args.quantize:
-        raise InputError("--task hyperpretrain trains all parameters: no --quantize, no --method but hyper")
     if args.shortest_context > args.context:
         raise InputError(
             f"--shortest-context {args.shortest_context} must not exceed --context {args.context}"
         )
-    if args.downstream != "frozen":
-        raise InputError(f"--downstream {args.downstream} belongs to a run with LoRA sets, not to this one")
 
 
 def build(args: Options) -> HyperLlama:

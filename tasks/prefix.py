@@ -23,6 +23,7 @@ from tasks import p3
 FOLDER = "P3"
 MODEL = "llama-c"
 METRIC = "accuracy"
+WAYS = False
 INITS = ("hyper", "shared", "random", "reparam", "propagate", "text", "anchors", "pooled")
 NOISE = 0.02  # standard deviation of what is added to averages, which are alike
 OPTIONS = {
@@ -37,7 +38,7 @@ OPTIONS = {
         kind=Path, help="prefix: a finished run whose hypernetwork makes the prefixes to start from"
     ),
 }
-WITHOUT = ("instruction_downstream", "average")
+WITHOUT = ("method", "downstream", "optimizer", "instruction_downstream")
 DEFAULTS = {
     "large": p3.DEFAULTS["large"] | {"steps": 3000, "lr": 3e-3, "measure": 10, "init": "hyper"},
     "tiny": p3.DEFAULTS["tiny"]  # a small budget tells starts apart
@@ -56,12 +57,6 @@ PROMPTS = (
 
 
 def check(args: Options) -> None:
-    if args.method != "hyper":
-        raise InputError("--task prefix has no --method: --init says how a prefix starts")
-    if args.downstream != "frozen":
-        raise InputError(f"--downstream {args.downstream} belongs to a run with LoRA sets, not to this one")
-    if args.optimizer != "adamw":
-        raise InputError("--optimizer muon is for matrices of layers, and prefix tuning trains none")
     if (args.init == "hyper") != (args.run is not None):
         raise InputError(
             "--init hyper needs --run DIR, a finished run of --task p3; no other --init takes one"
