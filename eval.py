@@ -332,9 +332,8 @@ def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Enc
         queries = [query for e in part for query in episodes[e].queries]
         prompts = [prompt for e in part for prompt in encoded[e].prompts]
         choices = [options for e in part for options in encoded[e].choices]
-        rows = [
-            row for row, e in enumerate(part) for _ in episodes[e].queries
-        ]  # whose prefix a query follows
+        # Which prefix of this part each query follows.
+        rows = [row for row, e in enumerate(part) for _ in episodes[e].queries]
         lengths = [P + (row_length(p, c) if c else len(p) + MAX_NEW_TOKENS) for p, c in zip(prompts, choices)]
         texts = [""] * len(queries)
         for chosen in token_batches(lengths, most):
