@@ -109,6 +109,9 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
 Points = dict[tuple[str, str], dict[float, list[float]]]  # (run's name, column) -> x -> values of all runs
 
 
+COMPARED = ("zeroshot", "fewshot", "label_anchors", "mean_pooled", "fewer_shots")  # where an option is drawn
+
+
 def curves(runs: list[Path], by: str | None) -> tuple[Points, str, dict]:
     """What to draw; what the values are; the options of the last run."""
     points: Points = {}
@@ -125,7 +128,9 @@ def curves(runs: list[Path], by: str | None) -> tuple[Points, str, dict]:
         with reading(run, "has no readable results or log"):
             if by:
                 results = json.loads((run / "results.json").read_text())
-                rows = [(args[by], {"main": results["average"]} | results["baselines"] | results["controls"])]
+                others = results["baselines"] | results["controls"]
+                compared = {column: others[column] for column in COMPARED if column in others}
+                rows = [(args[by], {"main": results["average"]} | compared)]
             else:
                 lines = read_log(run / "log.jsonl")
                 measured = any("score" in line for line in lines)

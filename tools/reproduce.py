@@ -75,8 +75,8 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "HyperLlama": f"--task symbol {BASE}",
         "C": f"--task symbol {C}",
     },
-    "gists": {f"{n}": f"--task p3 {C} --gists {n} --no-controls --measure 0" for n in (1, 2, 4, 8)},
-    "shots": {f"{n}": f"--task p3 {C} --shots {n} --no-controls --measure 0" for n in (1, 2, 4, 8)},
+    "gists": {f"{n} gists": f"--task p3 {C} --gists {n} --measure 0" for n in (1, 2, 4, 8)},
+    "shots": {f"{n} examples": f"--task p3 {C} --shots {n} --measure 0" for n in (1, 2, 4, 8)},
 }
 ORDERS = {  # what the paper finds: the first row above the second
     "p3": [
@@ -102,6 +102,8 @@ TITLES = {
     "sni": "Super-NaturalInstructions",
     "symbol": "Symbol tuning",
     "helps": "What helps",
+    "gists": "Fewer gists",
+    "shots": "Fewer examples",
 }
 INTRO = """# Results in miniature
 
@@ -145,11 +147,17 @@ low-rank updates, in about as many bytes as the keys and values of sixteen; chai
 of the second sixteen see those of the first; anchors: no gists, the prefix is read at the last token of each
 example, and training starts from the column "label anchors". The teacher of "C distill" is C itself with the
 examples in context, see its column 16-shot.""",
+    "gists": """P3 as above, from C with the first of its gists, 300 steps each: the same sixteen examples, about
+378 tokens, in fewer gists. Mean-pooled and fewer shots are those of as many positions; label anchors have
+seventeen.""",
+    "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples.""",
 }
 PICTURES = {  # table -> picture -> caption
     "text": {"hyperpretraining": "held-out tasks of P3 during hyperpretraining on text"},
     "p3": {"first-screen": "the row C as bars", "training": "held-out tasks of P3 during training, from C"},
     "prefix": {"prefix-tuning": "accuracy during prefix tuning"},
+    "gists": {"gists": "accuracy by the number of gists"},
+    "shots": {"shots": "accuracy by the number of examples"},
 }
 
 
@@ -222,6 +230,8 @@ def write_results(path: Path) -> None:
             rows = [C_FOLDER.parent]
         if table == "helps" and rows:
             rows = [folder_of("p3", row) for row in ("HyperLlama", "C") if runs_of("p3", row)] + rows
+        if table in ("gists", "shots") and rows and runs_of("p3", "C"):
+            rows.append(folder_of("p3", "C"))
         if not rows:
             continue
         results = compare(rows).replace("| tiny |", "| tiny/llama-c |")
