@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data import Batch, Episode, Formatter, Sample, collate
+from data import Batch, Episode, EpisodeBatches, Formatter, Sample, collate
 from gist import Compression, Context, Gists, Rows, label_anchors, mean_pooled, read_kept, read_rows
 from llama import KV, InputError, Llama, positions_of, rotary_angles
 from run import Options, Run, all_options, load_adapters, load_base, option, read_args
@@ -190,31 +190,21 @@ class SoftPrefix(nn.Module):
 
 @dataclass
 class PrefixBatches:
-    """Training batches: for each row of a run, a query of every task after its own prefix.
-
-    shared: one prefix for all tasks; each row is a query of one of them, drawn by weight.
-    """
+    """Training batches: for each row of a run, a query of every task after its own prefix."""
 
     tasks: Sequence[p3.Prompt]
     formatter: Formatter
-    shared: bool = False
 
     def __str__(self) -> str:
         return f"a prefix for each of {len(self.tasks)} tasks"
 
     def __call__(self, seed: int, numbers: Sequence[int]) -> Batch:
         """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
-        tasks = [None] if self.shared else self.tasks
-        return collate([self.sample(seed, number, task) for number in numbers for task in tasks])
+        return collate([self.sample(seed, number, task) for number in numbers for task in self.tasks])
 
-    def sample(self, seed: int, number: int, task: p3.Prompt | None) -> Sample:
-        rng = random.Random(f"{seed} {task.name if task else 'shared'} {number}")
-
-        def draw() -> Episode:
-            chosen = task or rng.choices(self.tasks, [t.weight for t in self.tasks])[0]
-            return chosen.draw(rng, 0, 1)
-
-        episode = self.formatter.first_that_fits(draw)
+    def sample(self, seed: int, number: int, task: p3.Prompt) -> Sample:
+        rng = random.Random(f"{seed} {task.name} {number}")
+        episode = self.formatter.first_that_fits(lambda: task.draw(rng, 0, 1))
         (query,) = episode.queries
         target = self.formatter.training_target(episode, query.target)
         prompt = self.formatter.query(episode, query, self.formatter.query_length - len(target))
@@ -261,8 +251,8 @@ def tuned_on_training_tasks(run: Run, folder: Path, train: Callable) -> Gists:
     shared = SoftPrefix(run.hyper.model, ["shared"], run.args.gists, "reparam", generator)
     if not (folder / "adapters.safetensors").exists():
         folder.mkdir(exist_ok=True)
-        tasks = load(run.args, run.formatter, "train")
-        train(replace(run, hyper=shared), PrefixBatches(tasks, run.formatter, shared=True), folder)
+        batches = EpisodeBatches(load(run.args, run.formatter, "train"), run.formatter, "zeroshot", shots=0)
+        train(replace(run, hyper=shared), batches, folder)
     load_adapters(shared, folder)
     with torch.no_grad():
         every_task = torch.zeros(len(run.hyper.tasks), dtype=torch.long, device=run.device)
