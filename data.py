@@ -122,7 +122,7 @@ class Formatter:
         self, episode: Episode, budget: int | None = None, reserved: int = 0
     ) -> tuple[list[int], list[list[int]]]:
         """BOS and the instruction; and the whole examples that fit beside `reserved` tokens."""
-        budget = self.context if budget is None else budget
+        budget = self.context if budget is None else max(0, budget)
         start = [self.tokenizer.bos, *self.instruction(episode, budget)]
         room = budget - len(start) - reserved
         examples = []

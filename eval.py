@@ -370,7 +370,8 @@ def write_answers(
     past = prefix.as_past(max(map(len, prompts)), adapter) if prefix else {"adapter": adapter}
     until = tokenizer.encode(episode.layout.end)
     rows = generate(run.hyper.model, prompts, MAX_NEW_TOKENS, tokenizer.eos, until, **past)
-    return [tokenizer.decode(row).strip() for row in rows]
+    # (Where a token ends with the beginning of `until`, as ".\n\n" may, the tokens don't show where it begins.)
+    return [tokenizer.decode(row).partition(episode.layout.end)[0].strip() for row in rows]
 
 
 # ----------------------------------------------------------------------------------- everything, scored
@@ -695,7 +696,7 @@ def take_folder(out: Path, folder: Path | None) -> None:
     check_out(out)
     own = folder is not None and os.path.realpath(out) == os.path.realpath(folder)
     if folder is not None:
-        lock(folder)
+        lock(folder, only_read=not own)
     if own:
         return
     if (out / "args.json").exists():

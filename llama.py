@@ -557,13 +557,16 @@ def _read_meta(
 
 
 def tokenizer_of(folder: Path) -> Path | None:
-    """tokenizer.model in the folder, or beside it (as Meta ships it); else tokenizer.json."""
+    """The folder's own tokenizer.model or tokenizer.json; else the tokenizer.model beside it, as Meta ships it."""
     candidates = (
         folder / "tokenizer.model",
-        folder.absolute().parent / "tokenizer.model",
         folder / "tokenizer.json",
+        folder.absolute().parent / "tokenizer.model",
     )
     return next(filter(Path.is_file, candidates), None)
+
+
+MOST_KEPT = 2000  # letters of a text whose tokens are kept
 
 
 class Tokenizer:
@@ -581,7 +584,7 @@ class Tokenizer:
                 self._load_json()
             else:
                 self._load_sentencepiece()
-            self._pieces = lru_cache(1 << 15)(self._encode)  # rows come again: in other draws and columns
+            self._pieces = lru_cache(1 << 14)(self._encode)  # rows come again: in other draws and columns
             for text in ("\n", "\na", "a\nb", "a \n b\n", "1\n2\n\n"):
                 if self.decode(self.encode(text)) != text:
                     raise ValueError("it loses newlines or spaces")
@@ -619,7 +622,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without BOS and EOS."""
-        return list(self._pieces(text))
+        return list(self._pieces(text) if len(text) < MOST_KEPT else self._encode(text))
 
     def decode(self, ids: list[int]) -> str:
         return self._decode([i for i in ids if i < self.size])  # a padded vocabulary has more ids

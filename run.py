@@ -149,7 +149,9 @@ def number(kind: type, least: float = 0) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not least <= value < (10**9 if kind is int else math.inf):
+        if value == math.inf or (kind is int and value >= 10**9):
+            raise argparse.ArgumentTypeError(f"{text!r} is too large")
+        if not least <= value:
             what = "a positive whole number" if (kind, least) == (int, 1) else f"a number from {least} on"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
@@ -357,12 +359,17 @@ def check_folder(out: Path, args: Options, resume: bool, overwrite: bool) -> Non
             raise InputError(f"{out}: holds {state}; --overwrite replaces it, --out names another folder")
 
 
-def lock(out: Path) -> None:
-    """Make a folder and keep others from writing into it, as long as this process lives."""
+def lock(out: Path, only_read: bool = False) -> None:
+    """Make a folder and keep others from writing into it, as long as this process lives.
+
+    only_read: others may read it, too.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        MADE.add(out)
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, (fcntl.LOCK_SH if only_read else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
         os.close(folder)
         raise InputError(f"{out}: another command is writing here") from None
@@ -370,6 +377,7 @@ def lock(out: Path) -> None:
 
 
 LOCKS: dict[Path, int] = {}  # folders of this process, held open
+MADE: set[Path] = set()  # those of them that were empty, or emptied by this process
 
 
 def start_folder(out: Path, args: Options, resume: bool, overwrite: bool) -> None:
@@ -379,6 +387,7 @@ def start_folder(out: Path, args: Options, resume: bool, overwrite: bool) -> Non
     check_folder(out, args, resume, overwrite)  # again: another run may have ended here in the meantime
     if not resume:
         clear(out)
+        MADE.add(out)
     (out / MARK).touch()
     for name in FILES:
         (out / f"{name}.partial").unlink(missing_ok=True)  # of a save that was killed
@@ -402,11 +411,12 @@ def release_folders() -> None:
     while LOCKS:
         out, folder = LOCKS.popitem()
         files = [path for path in out.rglob("*") if path.is_file() and path.name not in (MARK, "args.json")]
-        if not any(path.stat().st_size for path in files):
+        if out in MADE and not any(path.stat().st_size for path in files):
             clear(out)
-        with suppress(OSError):  # an empty folder goes, too
-            out.rmdir()
+            with suppress(OSError):  # an empty folder goes, too
+                out.rmdir()
         os.close(folder)
+    MADE.clear()
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -455,7 +465,7 @@ class Run:
     def base_folder(self) -> str | None:
         """Where the model came from, if hyperpretraining made it and that model is still there."""
         folder = Path(self.args.model)
-        if not (folder / "args.json").exists():
+        if not (folder / "args.json").exists() or not (folder / "gists.safetensors").exists():
             return None
         before = read_args(folder)["model"]
         return before if Path(before).is_dir() else None

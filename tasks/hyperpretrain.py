@@ -51,7 +51,7 @@ OPTIONS = {
 }
 WITHOUT = (
     "method", "downstream", "quantize", "rank", "alpha",  # all parameters are trained, without LoRA
-    "shots", "sets", "score", "controls", "instruction_downstream",
+    "shots", "sets", "score", "controls", "end", "instruction_downstream",
 )  # fmt: skip
 DEFAULTS = {
     "large": {"steps": 50_000, "batch_size": 32, "lr": 2e-5, "gist_lr": 2e-5, "sets": 1},
