@@ -148,20 +148,20 @@ class Formatter:
         end = [self.tokenizer.eos] if self.end == "eos" else self.tokenizer.encode(episode.layout.end)
         return self.target(episode, text) + end
 
-    def query(
-        self, episode: Episode, example: Example, budget: int, instruct: str = "no", bos: bool = True
-    ) -> list[int]:
+    def query(self, episode: Episode, example: Example, budget: int, instruct: str = "no") -> list[int]:
         """The prompt of a query, in so many tokens. What is too long loses the beginning of its input.
 
         instruct: "inside", the instruction takes up to half of the budget; "before", it has as much
-        room of its own as a hypernetwork would read it in; "no".
+        room of its own as a hypernetwork would read it in; "no"; "continues", the query goes on in the row of
+        its examples, which begins with BOS and instruction.
         """
         layout = episode.layout
         instruction = []
-        if instruct != "no":
+        if instruct in ("inside", "before"):
             instruction = self.instruction(episode, budget if instruct == "inside" else self.context)
             budget += len(instruction) * (instruct == "before")
-        start = [self.tokenizer.bos] * bos + instruction + self.tokenizer.encode(layout.head)
+        start = [] if instruct == "continues" else [self.tokenizer.bos, *instruction]
+        start += self.tokenizer.encode(layout.head)
         text = self.tokenizer.encode(layout.space + example.input)
         end = self.tokenizer.encode(layout.tail)
         room = budget - len(start) - len(end)
@@ -324,7 +324,7 @@ class EpisodeBatches:
         target = f.training_target(episode, query.target)
         budget = f.query_length - len(target)
         if self.method == "fewshot":
-            end = f.query(episode, query, budget, bos=False)
+            end = f.query(episode, query, budget, "continues")
             return f.context_tokens(episode, f.context - len(target), reserved=len(end)) + end, target
         instruct = "before" if self.method == "zeroshot" else self.instruct
         return f.query(episode, query, budget, instruct), target

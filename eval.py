@@ -49,22 +49,16 @@ from run import (
 # ------------------------------------------------------------------------------- choices, ranked
 
 
-class ChoiceRows(NamedTuple):
-    """Rows of a prompt and then all its choices [N, T].
+def choice_rows(prompts, choices, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of a prompt and then all its choices, [N, T] each. With two choices, a1 a2 a3 and b1 b2:
 
-    tokens      a choice's last token predicts nothing, and is left out
-    branch      which choice a token belongs to; 0: to the prompt; -1: padding
-    positions   each choice goes on from the end of its prompt
-    predictors  where each token of each choice is predicted, as indices into N·T
+        tokens      prompt    a1 a2  b1        a choice's last token predicts nothing, and is left out
+        branch      0 … 0     1  1   2         -1: padding
+        positions   0 … p-1   p p+1  p         each choice goes on from the end of its prompt
+
+    And where the tokens of all choices are predicted (a1 and b1 by the prompt's last token), as indices
+    into N·T.
     """
-
-    tokens: Tensor
-    branch: Tensor
-    positions: Tensor
-    predictors: Tensor
-
-
-def choice_rows(prompts, choices, device: torch.device) -> ChoiceRows:
     T = max(map(row_length, prompts, choices))
     rows, branches, positions, predictors = [], [], [], []
     for n, (prompt, options) in enumerate(zip(prompts, choices)):
@@ -80,12 +74,8 @@ def choice_rows(prompts, choices, device: torch.device) -> ChoiceRows:
         rows.append(row)
         branches.append(branch)
         positions.append(position)
-    return ChoiceRows(
-        ragged(rows, device=device),
-        ragged(branches, -1, device),
-        ragged(positions, device=device),
-        int_tensor(predictors, device),
-    )
+    padded = ragged(rows, device=device), ragged(branches, -1, device), ragged(positions, device=device)
+    return *padded, int_tensor(predictors, device)
 
 
 @torch.no_grad()
@@ -120,11 +110,9 @@ def score_choices(
     flat = [option for options in choices for option in options]
     targets = int_tensor([token for option in flat for token in option], device)
     log_probs = logits[which, targets] - logits.logsumexp(-1)[which]
-    scores = [
-        part.mean() if mean else part.sum() for part in log_probs.split([len(option) for option in flat])
-    ]
-    values = iter(torch.stack(scores).tolist())
-    return [[next(values) for _ in options] for options in choices]
+    parts = log_probs.split([len(option) for option in flat])
+    scores = torch.stack([part.mean() if mean else part.sum() for part in parts])
+    return [of_prompt.tolist() for of_prompt in scores.split([len(options) for options in choices])]
 
 
 def row_length(prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> int:
@@ -162,7 +150,7 @@ def one_set(run: Run, episode: Episode) -> Episode:
 
 def longest_query(formatter: Formatter, episode: Episode) -> int:
     """Tokens that an episode's longest query needs after examples in context, with its longest choice."""
-    prompts, choices = encode_queries(formatter, episode, bos=False)
+    prompts, choices = encode_queries(formatter, episode, "continues")
     return max(len(p) + max(map(len, options), default=0) for p, options in zip(prompts, choices))
 
 
@@ -210,10 +198,8 @@ class Column:
     context, prefix  what comes before a query, as above; None: nothing
     trained   whether the run's own LoRA set answers; else the model without it does
     base      whether the model answers as it was before hyperpretraining (Run.base)
-    instruct  whether and where the instruction stands in the query itself ("no", "inside", "before":
-              Formatter.query); None: as --instruction-downstream says
+    instruct  what a query begins with (Formatter.query); None: as --instruction-downstream says
     other     whether the context is that of another task
-    bos       whether the query begins with a BOS of its own; it has none after examples, which have theirs
     """
 
     title: str
@@ -223,17 +209,16 @@ class Column:
     base: bool = False
     instruct: str | None = None
     other: bool = False
-    bos: bool = True
 
 
 MAIN = {
     "hyper": Column("gists", gist_context, compress),
-    "fewshot": Column("fewshot", shots_context, read, instruct="no", bos=False),
+    "fewshot": Column("fewshot", shots_context, read, instruct="continues"),
     "zeroshot": Column("zeroshot", instruct="before"),
 }
 BASELINES = {  # the model before any step of the run; "base_…": before hyperpretraining, too
     "zeroshot": Column("0-shot", trained=False, instruct="before"),
-    "fewshot": Column("{shots}-shot", shots_context, read, trained=False, instruct="no", bos=False),
+    "fewshot": Column("{shots}-shot", shots_context, read, trained=False, instruct="continues"),
     "label_anchors": Column("label anchors", anchor_context, keep, trained=False),
 }
 BASELINES |= {
@@ -244,7 +229,7 @@ CONTROLS = {  # of a hypernetwork
     "no_prefix": Column("no prefix"),
     "other_task": Column("other task", gist_context, compress, other=True),
     "mean_pooled": Column("mean-pooled", shots_context, pool),
-    "fewer_shots": Column("fewer shots", fewer_context, read, trained=False, instruct="no", bos=False),
+    "fewer_shots": Column("fewer shots", fewer_context, read, trained=False, instruct="continues"),
 }
 TITLES = {name: column.title for name, column in (BASELINES | CONTROLS).items()}
 TITLES |= {"main": "{method}", "copy_input": "copy input", "copy_example": "copy example"}
@@ -277,13 +262,13 @@ class Encoded(NamedTuple):
     choices: list[list[list[int]]]
 
 
-def encode_queries(formatter: Formatter, episode: Episode, instruct: str = "no", bos: bool = True):
+def encode_queries(formatter: Formatter, episode: Episode, instruct: str = "no"):
     """Prompts, and the choices of each (none where answers are generated)."""
     prompts, choices = [], []
     for query in episode.queries:
         options = [formatter.target(episode, choice) for choice in query.choices]
         budget = formatter.query_length - max(map(len, options), default=0)
-        prompts.append(formatter.query(episode, query, budget, instruct, bos))
+        prompts.append(formatter.query(episode, query, budget, instruct))
         choices.append(options)
     return prompts, choices
 
@@ -297,7 +282,7 @@ def encode(
     for i, episode in enumerate(episodes):
         source = others[i % len(others)] if column.other else episode
         context = column.context(run, source, t) if column.context else None
-        encoded.append(Encoded(context, *encode_queries(run.formatter, episode, instruct, column.bos)))
+        encoded.append(Encoded(context, *encode_queries(run.formatter, episode, instruct)))
     return encoded
 
 
@@ -324,32 +309,28 @@ def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Enc
     """The answer to each query: its best-scored choice, or what the model writes."""
     most = run.args.eval_tokens
     adapter = run.hyper.downstream_adapter if column.trained else None
-    answers: list[list[str]] = [[] for _ in episodes]
+    answers = {}  # (number of the episode, number of its query) -> text
     for part in token_batches([context_length(item.context) for item in encoded], most):
         prefix = column.prefix(run, [encoded[e].context for e in part], adapter) if column.prefix else None
         P = prefix.as_past(1)["past"] if prefix else None
         P = P[0][0].shape[2] if P else 0
-        queries = [query for e in part for query in episodes[e].queries]
-        prompts = [prompt for e in part for prompt in encoded[e].prompts]
-        choices = [options for e in part for options in encoded[e].choices]
-        # Which prefix of this part each query follows.
-        rows = [row for row, e in enumerate(part) for _ in episodes[e].queries]
+        asked = [(row, e, q) for row, e in enumerate(part) for q in range(len(episodes[e].queries))]
+        prompts = [encoded[e].prompts[q] for _, e, q in asked]
+        choices = [encoded[e].choices[q] for _, e, q in asked]
         lengths = [P + (row_length(p, c) if c else len(p) + MAX_NEW_TOKENS) for p, c in zip(prompts, choices)]
-        texts = [""] * len(queries)
         for chosen in token_batches(lengths, most):
-            own = prefix[torch.tensor([rows[i] for i in chosen], device=run.device)] if prefix else None
-            asked = [prompts[i] for i in chosen]
+            rows = [asked[i][0] for i in chosen]
+            own = prefix[int_tensor(rows, run.device)] if prefix else None
+            some = [prompts[i] for i in chosen]
             if choices[chosen[0]]:
-                best = choose(run, asked, [choices[i] for i in chosen], own, adapter)
-                found = [queries[i].choices[number] for i, number in zip(chosen, best)]
+                best = choose(run, some, [choices[i] for i in chosen], own, adapter)
+                queries = [episodes[e].queries[q] for _, e, q in (asked[i] for i in chosen)]
+                texts = [query.choices[number] for query, number in zip(queries, best)]
             else:
-                found = write_answers(run, episodes[part[0]], asked, own, adapter)
-            for i, text in zip(chosen, found):
-                texts[i] = text
-        remaining = iter(texts)
-        for e in part:
-            answers[e] = [next(remaining) for _ in episodes[e].queries]
-    return [answer for texts in answers for answer in texts]
+                texts = write_answers(run, episodes[part[0]], some, own, adapter)
+            for i, text in zip(chosen, texts):
+                answers[asked[i][1:]] = text
+    return [answers[key] for key in sorted(answers)]
 
 
 def choose(run: Run, prompts, choices, prefix: Gists | None, adapter: str | None) -> list[int]:

@@ -161,10 +161,6 @@ def number(kind: type, least: float = 0) -> Callable[[str], float]:
     return parse
 
 
-def rows_to_score(text: str) -> int:
-    return 0 if text == "all" else number(int)(text)
-
-
 def add_options(parser: Parser | argparse._ArgumentGroup, *roles: str) -> None:
     """The options with these roles; all, where none is named."""
     for f in fields(all_options()):
@@ -179,7 +175,7 @@ def add_options(parser: Parser | argparse._ArgumentGroup, *roles: str) -> None:
             how = {"choices": choices}
         else:
             types = {Path: a_path, int: number(int, least), float: number(float, least)}
-            how = {"type": rows_to_score if f.name == "limit" else types.get(kind, kind)}
+            how = {"type": types.get(kind, kind)}
         text = f.metadata["help"] + (f" ({f.default:g})" if kind in (int, float) and f.default else "")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
 
@@ -328,8 +324,8 @@ def check_out(out: Path, args: Options | None = None) -> None:
     """InputError where a folder can't be written, or lies in, around or at what a run reads."""
     place = Path(os.path.realpath(out))
     for f in fields(args) if args else ():
-        other = Path(getattr(args, f.name) or os.devnull) if f.metadata["kind"] is Path else Path(os.devnull)
-        if place == other or place in other.parents or other in place.parents:
+        other = getattr(args, f.name) if f.metadata["kind"] is Path else None
+        if other and (place.is_relative_to(other) or Path(other).is_relative_to(place)):
             raise InputError(f"--out {out}: lies in, around or at {flag(f.name)} {other}")
     nearest = next(path for path in (place, *place.parents) if os.path.lexists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -513,10 +509,8 @@ def device_and_dtype(args: Options, full_finetune: bool = False) -> tuple[str, t
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
+    with reading(f"--device {device}", "not available here"):
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise InputError(f"--device {device}: not available here ({str(problem).splitlines()[0]})") from None
     half = device.startswith("cuda") and not full_finetune
     return device, getattr(torch, args.dtype or ("bfloat16" if half else "float32"))
 
@@ -557,17 +551,12 @@ def first_gists(args: Options, model: Llama, generator: torch.Generator) -> Tens
         raise InputError(
             f"--gists {count}: gists start as words, and the vocabulary has {model.config.vocab}"
         )
-    words = model.embed_tokens.weight[torch.randperm(model.config.vocab, generator=generator)[:count]]
+    gists = model.embed_tokens.weight[torch.randperm(model.config.vocab, generator=generator)[:count]]
     path = Path(args.model) / "gists.safetensors"
-    if not count or not path.exists():
-        return words
-    gists = load_tensors(path)[0].get("gists", words[:0])
-    if len(gists) < count:
-        print(f"{path}: holds {len(gists)} gists, fewer than {count}: these start as words", file=sys.stderr)
-        return words
-    own = torch.empty_like(words)
-    assign({"gists": own}, {"gists": gists[:count]}, path)
-    return own
+    if count and path.exists():
+        own = load_tensors(path)[0].get("gists", gists[:0])[:count]
+        assign({"gists": gists[: len(own)]}, {"gists": own}, path)  # the rest start as words
+    return gists
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -382,7 +382,7 @@ def test_the_prompt_of_sni_is_that_of_tk_instruct(tokenizer):
     formatter, query = Formatter(tokenizer, 400, 100), episode.queries[0]
     row = formatter.context_tokens(episode)
     start, shots = formatter.context_parts(episode)
-    prompt = formatter.query(episode, query, 90, bos=False)
+    prompt = formatter.query(episode, query, 90, "continues")
     text = tokenizer.decode(row[1:] + prompt + formatter.target(episode, query.target))
     (a, b), x = task.examples, query.input
     expected = (
