@@ -366,6 +366,7 @@ class HeldOut:
     left_out  what didn't fit, counted
     shots     task -> method -> how many examples could be read, on average
     digests   (column, task, draw) -> digest, as far as computed
+    scores    digest and step -> mean score, as far as computed
     """
 
     tasks: Sequence[Task]
@@ -373,6 +374,7 @@ class HeldOut:
     left_out: Counter[str]
     shots: list[dict[str, float]]
     digests: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[int]:
@@ -429,21 +431,22 @@ def digest(run: Run, column: Column, episodes: list[Episode], others: list[Episo
 def trained_by(run: Run, column: Column) -> str | None:
     """The options that trained the weights that a column uses; None where it uses the base alone."""
     trained_set = column.trained and run.hyper.downstream_adapter
-    if column.prefix not in (compress, tuned) and not trained_set and not trains_base(run):
+    trains_base = run.hyper.model.embed_tokens.weight.requires_grad
+    if column.prefix not in (compress, tuned) and not trained_set and not trains_base:
         return None
     names = ["data", *sorted(names_of("model", "sets", "course"))]
     return repr([(name, vars(run.args)[name]) for name in names])
 
 
-def trains_base(run: Run) -> bool:
-    return run.hyper.model.embed_tokens.weight.requires_grad
-
-
 def score_all(
-    run: Run, held_out: HeldOut, table: dict[str, Column], draws: int, out: Path | None = None
+    run: Run, held_out: HeldOut, table: dict[str, Column], draws: int, step: int, out: Path | None = None
 ) -> dict[str, list[list[float]]]:
     """The mean score: column -> task -> draw. Under torchrun, the work is divided among the processes.
 
+    What has an equal key is scored once: the control without a prefix and 0-shot, where the model is frozen;
+    0-shot with each draw of examples; the last measurement along the way and the result.
+
+    step: how many steps the model has been trained.
     out: a folder that keeps what is done until all is, so that an interrupted evaluation goes on.
     """
     rank, world = processes()
@@ -455,26 +458,25 @@ def score_all(
         item = (name, t, n)
         if item not in held_out.digests:
             held_out.digests[item] = digest(run, column, episodes[t], episodes[held_out.other(t)], t)
-        step = run.step if trained_by(run, column) else 0  # training changes these
-        keys[item] = f"{held_out.digests[item]} {step}"
+        keys[item] = f"{held_out.digests[item]} {step if trained_by(run, column) else 0}"
         work.setdefault(keys[item], item)
     for path in out.glob("scores-*.jsonl") if out else ():
-        run.scores |= {key: score for key, score in read_lines(path)}
-    run.scores = all_gather_dict(run.scores)
+        held_out.scores |= {key: score for key, score in read_lines(path)}
+    scores = held_out.scores = all_gather_dict(held_out.scores)
 
-    todo = [key for key in work if key not in run.scores][rank::world]
+    todo = [key for key in work if key not in scores][rank::world]
     queries = sum(held_out.sizes[work[key][1]] for key in todo)
     with tqdm(total=queries, desc="evaluating", unit="query", leave=False, disable=rank > 0) as bar:
         for key in todo:
             name, t, n = work[key]
             episodes = held_out.episodes[n]
-            run.scores[key] = fmean(score(run, table[name], episodes[t], episodes[held_out.other(t)], t))
+            scores[key] = fmean(score(run, table[name], episodes[t], episodes[held_out.other(t)], t))
             with open(out / f"scores-{rank}.jsonl" if out else os.devnull, "a") as kept:
-                print(json.dumps([key, run.scores[key]]), file=kept)
+                print(json.dumps([key, scores[key]]), file=kept)
             bar.update(held_out.sizes[t])
-    run.scores = all_gather_dict(run.scores)
+    scores = held_out.scores = all_gather_dict(scores)
     return {
-        name: [[run.scores[keys[name, t, n]] for n in range(draws)] for t in range(len(held_out.tasks))]
+        name: [[scores[keys[name, t, n]] for n in range(draws)] for t in range(len(held_out.tasks))]
         for name in table
     }
 
@@ -498,7 +500,7 @@ def evaluate(run: Run, held_out: HeldOut, out: Path | None = None) -> tuple[dict
     began = time.monotonic()
     table = columns(run, held_out.tasks)
     draws = len(held_out.episodes)
-    scores = score_all(run, held_out, table, draws, out)
+    scores = score_all(run, held_out, table, draws, args.steps, out)
     first = {}  # the first column of each kind: with a frozen model, the control without a prefix is 0-shot
     for name in table:
         first.setdefault(tuple(held_out.digests[name, t, 0] for t in range(len(held_out.tasks))), name)
@@ -519,9 +521,7 @@ def evaluate(run: Run, held_out: HeldOut, out: Path | None = None) -> tuple[dict
             )
         },
         "average": averages.pop("main"),
-        "std": spread(
-            [average(run, held_out, [[values[n]] for values in scores["main"]]) for n in range(draws)]
-        ),
+        "std": spread(draw_averages(run, held_out, scores["main"])),
         "before": None,
         "shots": {name: fmean(shots[name] for shots in held_out.shots) for name in ("hyper", "fewshot")},
         "baselines": {name: averages.pop(name) for name in list(averages) if name not in CONTROLS},
@@ -537,44 +537,41 @@ def measure(run: Run, held_out: HeldOut, step: int) -> dict:
 
     Before the first step also "before": the score with all draws, as in results.json.
     """
-    run.step = step
     table = {name: column for name, column in columns(run, held_out.tasks).items() if name not in BASELINES}
     before = {}
     if step == 0:
-        main = score_all(run, held_out, {"main": table["main"]}, len(held_out.episodes))["main"]
+        main = score_all(run, held_out, {"main": table["main"]}, len(held_out.episodes), step)["main"]
         before = {"before": average(run, held_out, main)}
-    scores = score_all(run, held_out, table, draws=1)
+    scores = score_all(run, held_out, table, draws=1, step=step)
     averages = {name: round(average(run, held_out, values), 2) for name, values in scores.items()}
     each = {task.name: round(value, 2) for task, (value,) in zip(held_out.tasks, scores["main"])}
     return {"score": averages.pop("main"), "controls": averages, "scores": each} | before
 
 
-def score_before(folder: Path, args: Options) -> float | None:
-    """The score before the first step as the run's log has it, if it was measured in the way of args."""
-    if tasks.find(args.task).evaluate:  # hyperpretraining is watched on tasks, and its result is a loss
-        return None
-    trained = read_args(folder)
-    same = all(
-        trained[name] == getattr(args, name)
-        for name in names_of("eval", "sets") - {"controls", "eval_tokens"}
-    )
-    log = read_lines(folder / "log.jsonl") if same else ()
-    return next((line["before"] for line in log if isinstance(line, dict) and "before" in line), None)
-
-
-def average(
+def draw_averages(
     run: Run, held_out: HeldOut, scores: list[list[float]], chosen: Sequence[int] | None = None
-) -> float:
-    """Mean over draws; then over all instances (ROUGE-L), or over a group's tasks and then over groups."""
+) -> list[float]:
+    """Of each draw: the mean over all instances (ROUGE-L), or over a group's tasks and then over groups.
+
+    scores: task -> draw. chosen: the numbers of the tasks that count.
+    """
     chosen = range(len(scores)) if chosen is None else chosen
     sizes = held_out.sizes
-    means = {t: fmean(scores[t]) for t in chosen}
-    if run.task.METRIC == "rougeL":
-        return math.fsum(means[t] * sizes[t] for t in chosen) / sum(sizes[t] for t in chosen)
-    groups: dict[str, list[float]] = {}
-    for t in chosen:
-        groups.setdefault(held_out.tasks[t].group, []).append(means[t])
-    return fmean(map(fmean, groups.values()))
+    averages = []
+    for draw in zip(*(scores[t] for t in chosen)):
+        if run.task.METRIC == "rougeL":
+            total = math.fsum(value * sizes[t] for t, value in zip(chosen, draw))
+            averages.append(total / sum(sizes[t] for t in chosen))
+            continue
+        groups: dict[str, list[float]] = {}
+        for t, value in zip(chosen, draw):
+            groups.setdefault(held_out.tasks[t].group, []).append(value)
+        averages.append(fmean(map(fmean, groups.values())))
+    return averages
+
+
+def average(run: Run, held_out: HeldOut, scores: list[list[float]]) -> float:
+    return fmean(draw_averages(run, held_out, scores))
 
 
 def spread(draws: list[float]) -> float | None:
@@ -610,8 +607,8 @@ def result_table(run: Run, held_out: HeldOut, scores: dict[str, list[list[float]
         if some_left_out:
             line.append(", ".join(f"{fmean(held_out.shots[t][name] for t in chosen):.3g}" for name in read))
         for name, values in scores.items():
-            line.append(f"{average(run, held_out, values, chosen):.1f}")
-            draws = [average(run, held_out, [[v[n]] for v in values], chosen) for n in range(len(values[0]))]
+            draws = draw_averages(run, held_out, values, chosen)
+            line.append(f"{fmean(draws):.1f}")
             if name == "main" and spread(draws) is not None:
                 line[-1] += f" ± {spread(draws):.1f}"
         lines.append(line)
@@ -710,8 +707,6 @@ def main() -> None:
         left_out = held_out.left_out
         results, lines = evaluate(run, held_out, out)
     if rank == 0:
-        if folder and args.data == read_args(folder)["data"]:
-            results["before"] = score_before(folder, args)
         save_results(results, lines, out)
         if report(left_out):
             print(report(left_out))

@@ -441,8 +441,6 @@ class Run:
     args: Options
     hyper: HyperLlama
     formatter: Formatter
-    step: int = 0  # how many steps the model has been trained
-    scores: dict[str, float] = field(default_factory=dict)  # what is known of it (eval.score_all)
 
     @property
     def task(self):
@@ -499,7 +497,7 @@ def open_run(args: Options, folder: Path | None = None) -> Run:
     formatter = Formatter(tokenizer, args.context, args.query_length, args.end)
     if folder is None:
         return Run(args, task.build(args), formatter)
-    return Run(args, task.restore(args, folder), formatter, args.steps)
+    return Run(args, task.restore(args, folder), formatter)
 
 
 def device_and_dtype(args: Options, full_finetune: bool = False) -> tuple[str, torch.dtype]:

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import Batch, Term, report
-from eval import HeldOut, draw_held_out, evaluate, measure, save_results, score_before, show_answers
+from eval import HeldOut, draw_held_out, evaluate, measure, save_results, show_answers
 from llama import InputError
 from lora import check_tensors, load_tensors, replacing, save_tensors
 
@@ -105,10 +105,11 @@ def main() -> None:
     else:
         results, lines = evaluate(run, held_out, out)
         left_out = left_out + held_out.left_out
+        log = read_lines(out / "log.jsonl")
+        results["before"] = next((line["before"] for line in log if "before" in line), None)
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0:
-        results["before"] = score_before(out, args)
         save_results(results, lines, out)
         finish(run, held_out, results, left_out, out)
 
@@ -138,7 +139,6 @@ def train(
         # Before the first step, and once in a while, the held-out tasks are scored (by all processes).
         if every and (step % every == 0 or step == args.steps):
             log({"step": step} | measure(watched, held_out, step))
-        run.step = step
         if step == args.steps:
             break
 

@@ -776,12 +776,11 @@ def test_a_score_that_is_known_is_that_of_the_same_tokens_and_the_same_weights()
     draws = [[[Episode(queries[t], examples_of(rng, 3))] for t in range(2)] for _ in range(2)]
     held_out = evaluation.HeldOut([Prompt(name, name, None) for name in "ab"], draws, Counter(), [])
     for step in range(2):
-        scores = evaluation.score_all(run, held_out, table, draws=2)
+        scores = evaluation.score_all(run, held_out, table, 2, step)
         for name, column in table.items():
             for t in range(2):
                 alone = [fmean(evaluation.score(run, column, draw[t], draw[1 - t], t)) for draw in draws]
                 assert scores[name][t] == alone, (name, step)
-        run.step += 1
         generator = torch.Generator().manual_seed(0)
         for parameter in training.trainable(hyper).values():
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3

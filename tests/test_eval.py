@@ -16,7 +16,7 @@ import eval as evaluation
 import tasks
 import train as training
 from data import Episode, Example
-from eval import HeldOut, average, draw_held_out, parse, score_before, take_folder
+from eval import HeldOut, average, draw_held_out, parse, take_folder
 from llama import InputError, load
 from run import (
     MARK,
@@ -27,7 +27,6 @@ from run import (
     names_of,
     open_run,
     print_lines,
-    read_args,
     release_folders,
     resolve_args,
     trainable,
@@ -52,7 +51,7 @@ def held_out(tasks, sizes):
 
 def test_datasets_with_many_prompts_weigh_the_same():
     tasks = [Prompt(name, name[0], None) for name in ("a1", "a2", "a3", "b")]
-    scores = [[10.0], [20.0, 40.0], [20.0], [60.0]]
+    scores = [[10.0, 10.0], [20.0, 40.0], [20.0, 20.0], [60.0, 60.0]]
     assert average(a_run("p3"), held_out(tasks, [1, 1, 1, 1]), scores) == 40.0
     assert average(a_run("sni"), held_out(tasks, [1, 1, 1, 7]), scores) == 48.0, "mean over instances"
 
@@ -115,7 +114,7 @@ def test_the_base_of_a_model_is_what_hyperpretraining_began_with():
     base = load(ROOT / "tiny" / "llama")
     assert run.base.hyper.model.checksum == base.checksum != run.hyper.model.checksum
     assert not any(p.requires_grad for p in run.base.hyper.parameters())
-    assert run.base.formatter is run.formatter and run.base.scores is run.scores
+    assert run.base.formatter is run.formatter
     untouched = tiny_run("--model", ROOT / "tiny" / "llama")
     assert untouched.base_folder is None
     assert not any(column.base for column in evaluation.columns(untouched, few_tasks()).values())
@@ -172,19 +171,18 @@ def test_only_what_draws_or_training_change_is_scored_anew(monkeypatch, kind):
     for t in range(2):
         assert all(keys[name, t, 0] == keys[name, t, 1] for name in NO_EXAMPLES)
         assert all(keys[name, t, 0] != keys[name, t, 1] for name in EXAMPLES)
-    assert len(set(keys.values())) == len(run.scores) == len(scored)
+    assert len(set(keys.values())) == len(held_out.scores) == len(scored)
     scored.clear()
     assert evaluation.evaluate(run, held_out)[0] | {"seconds": 0} == results | {"seconds": 0}
     assert not scored, "no step, no work"
 
     for parameter in trainable(run.hyper).values():
         parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
-    run.step += 1
+    run = replace(run, args=replace(run.args, steps=run.args.steps + 1))
     later, _ = evaluation.evaluate(run, held_out)
     assert set(scored) == (MOVING[kind] or set(first))
     assert later["baselines"] == results["baselines"] or kind == "all is trained"
-    anew = replace(run, scores={})
-    fresh, _ = evaluation.evaluate(anew, draw(anew, few_tasks()))
+    fresh, _ = evaluation.evaluate(run, draw(run, few_tasks()))
     assert fresh | {"seconds": 0} == later | {"seconds": 0}, "as if nothing had been known"
 
 
@@ -192,7 +190,7 @@ def test_a_measure_along_the_way_is_what_the_results_will_hold():
     run = tiny_run(*FEW)
     held_out = draw(run, few_tasks())
     assert evaluation.measure(run, held_out, 0)["before"] == evaluation.evaluate(run, held_out)[0]["average"]
-    assert "before" not in evaluation.measure(run, held_out, 1) and run.step == 1
+    assert "before" not in evaluation.measure(run, held_out, 1)
 
 
 ALL_TITLES = {"gists", "0-shot", "{shots}-shot", "other task", "mean-pooled", "fewer shots"} | TITLES_BEYOND
@@ -406,19 +404,6 @@ def test_one_result_beside_a_run_does_not_stand_in_the_way_of_another(tmp_path):
         release_folders()
 
 
-def test_the_score_before_is_that_of_the_log_where_it_was_measured_in_the_same_way(tmp_path):
-    folder = save_args(tmp_path / "run")
-    args = resolve_args({}, read_args(folder))
-    assert score_before(folder, args) is None, "never measured"
-    lines = [{"step": 0, "score": 60.0, "before": 61.5}, {"step": 1, "loss": 2.0}]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "lo')
-    assert score_before(folder, args) == 61.5
-    assert score_before(folder, replace(args, controls=False, eval_tokens=99)) == 61.5, "the same score"
-    ways = ({"average": 2}, {"concat": 2}, {"chain": 2})
-    for change in ({"limit": 7}, {"sets": 9}, {"score": "mean"}, *ways):
-        assert score_before(folder, replace(args, **change)) is None
-
-
 # ----------------------------------------------------------------------------------- default folders
 
 BASES = [{"task": name} for name in ("p3", "sni", "symbol", "hyperpretrain")]
@@ -486,11 +471,3 @@ def test_prefix_tuning_has_a_default_folder_for_each_start(tmp_path, hypernetwor
     folders = [training.parse(["--task", "prefix", *start])[1] for start in starts]
     assert len(set(folders)) == len(starts) and str(folders[0]) == "runs/prefix-random-seed0"
     assert folders[-1].name == "prefix-hyper-gists-4-run-other-seed0"
-
-
-def test_a_loss_has_no_score_before_it(tmp_path):
-    """Hyperpretraining is watched on P3's tasks, whose accuracy is no "before" of its loss."""
-    args = (ROOT / "tiny" / "llama-c" / "args.json").read_text()
-    (tmp_path / "args.json").write_text(args)
-    (tmp_path / "log.jsonl").write_text('{"step": 0, "score": 44.0, "before": 44.0}\n')
-    assert score_before(tmp_path, all_options()(**json.loads(args))) is None
