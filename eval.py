@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import tasks
 from data import Episode, Formatter, Task, report
-from gist import Context, Gists, Rows, label_anchors, mean_pooled, read_kept, read_rows
+from gist import Context, Gists, Rows, label_anchors, mean_pooled, read_contexts, whole
 from llama import InputError, Llama, causal_mask_after, generate, int_tensor, ragged
 
 # fmt: off
@@ -135,10 +135,11 @@ def compress(run: Run, contexts: Sequence[list], adapter: str | None) -> Gists:
     return run.hyper.compression.prefix(run.hyper, pieces)
 
 
-def shots_context(run: Run, episode: Episode, t: int) -> list[int]:
+def shots_context(run: Run, episode: Episode, t: int) -> list[Context]:
     """All examples as they are: few-shot prompting."""
     episode = one_set(run, episode)
-    return run.formatter.context_tokens(episode, run.args.context - longest_query(run.formatter, episode))
+    room = run.args.context - longest_query(run.formatter, episode)
+    return [whole(run.formatter.context_tokens(episode, room))]
 
 
 def one_set(run: Run, episode: Episode) -> Episode:
@@ -154,30 +155,24 @@ def longest_query(formatter: Formatter, episode: Episode) -> int:
     return max(len(p) + max(map(len, options), default=0) for p, options in zip(prompts, choices))
 
 
-def read(run: Run, contexts: Sequence[list[int]], adapter: str | None) -> Gists:
-    return read_rows(run.hyper.model, contexts, adapter)
+def read(run: Run, contexts: Sequence[list[Context]], adapter: str | None) -> Gists:
+    return read_contexts(run.hyper.model, [row for (row,) in contexts], adapter)
 
 
-def pool(run: Run, contexts: Sequence[list[int]], adapter: str | None) -> Gists:
+def pool(run: Run, contexts: Sequence[list[Context]], adapter: str | None) -> Gists:
     """A control: the keys and values of all examples, averaged to as many as there are gists."""
-    model = run.hyper.model
-    return mean_pooled(read_rows(model, contexts), len(run.hyper.gists), model.config)
+    return mean_pooled(read(run, contexts, None), len(run.hyper.gists), run.hyper.model.config)
 
 
 def anchor_context(run: Run, episode: Episode, t: int) -> list[Context]:
     return [label_anchors(run.formatter, one_set(run, episode))]
 
 
-def keep(run: Run, contexts: Sequence[list[Context]], adapter: str | None) -> Gists:
-    """Keys and values at some of the examples' tokens. Nothing is trained."""
-    return read_kept(run.hyper.model, [row for (row,) in contexts])
-
-
-def fewer_context(run: Run, episode: Episode, t: int) -> list[int]:
+def fewer_context(run: Run, episode: Episode, t: int) -> list[Context]:
     """A control: whole examples in as many raw tokens as there are gists; at least one."""
     bare = replace(episode, instruction="")
     one = run.formatter.context_tokens(replace(bare, shots=bare.shots[:1]))
-    return run.formatter.context_tokens(bare, budget=max(len(one), len(run.hyper.gists)))
+    return [whole(run.formatter.context_tokens(bare, budget=max(len(one), len(run.hyper.gists))))]
 
 
 def task_context(run: Run, episode: Episode, t: int) -> int:
@@ -219,7 +214,7 @@ MAIN = {
 BASELINES = {  # the model before any step of the run; "base_…": before hyperpretraining, too
     "zeroshot": Column("0-shot", trained=False, instruct="before"),
     "fewshot": Column("{shots}-shot", shots_context, read, trained=False, instruct="continues"),
-    "label_anchors": Column("label anchors", anchor_context, keep, trained=False),
+    "label_anchors": Column("label anchors", anchor_context, read, trained=False),
 }
 BASELINES |= {
     "base_fewshot": replace(BASELINES["fewshot"], title="base, {shots}-shot", base=True),
@@ -288,9 +283,7 @@ def encode(
 
 def context_length(context) -> int:
     """How many tokens are read before the queries."""
-    if not isinstance(context, list):
-        return 0
-    return len(context) if isinstance(context[0], int) else sum(len(row.tokens) for row in context)
+    return sum(len(row.tokens) for row in context) if isinstance(context, list) else 0
 
 
 def token_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -288,40 +288,44 @@ def label_anchors(formatter, episode) -> Context:
     return Context(tokens, list(range(end - len(tokens), end)), kept)
 
 
-@torch.no_grad()
-def read_rows(model: Llama, rows: Sequence[Sequence[int]], adapter: str | None = None) -> Gists:
-    """The keys and values of every token of some rows: few-shot prompting, as a prefix."""
-    tokens = ragged(rows, device=model.embed_tokens.weight.device)
-    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
-    past = model.keys_values(tokens, adapter=adapter)
-    return Gists(past, lengths, positions_of(tokens) < lengths[:, None] if len(rows) > 1 else None)
+def whole(tokens: list[int]) -> Context:
+    """A row of which every token is kept: few-shot prompting, as a prefix."""
+    everything = list(range(len(tokens)))
+    return Context(tokens, everything, everything)
 
 
 @torch.no_grad()
-def read_kept(model: Llama, contexts: Sequence[Context]) -> Gists:
-    """The keys and values of the tokens to keep of some rows without gists; no LoRA set acts."""
+def read_contexts(model: Llama, contexts: Sequence[Context], adapter: str | None = None) -> Gists:
+    """The keys and values of what is kept of rows without gists. Nothing is trained."""
     rows = Rows.of(contexts, model.embed_tokens.weight.device)
-    return Gists(model.keys_values(rows.tokens, rows.kept, rows.positions), rows.offset, rows.past_mask)
+    past = model.keys_values(rows.tokens, rows.kept, rows.positions, adapter)
+    return Gists(past, rows.offset, rows.past_mask)
 
 
 def mean_pooled(prefix: Gists, count: int, config: Config) -> Gists:
-    """Keys and values of whole rows, averaged over `count` stretches. Nothing is learned.
+    """Keys and values of whole rows, averaged over `count` stretches of each (over fewer where a row is shorter).
 
-    Keys are averaged as they were before their rotation (rotated ones from different positions would cancel
-    out), and then rotated for the positions at which gists stand, 0 … count - 1.
+    Nothing is learned. Keys are averaged as they were before their rotation (rotated ones from different
+    positions would cancel out), and then rotated for the positions at which gists stand, 0 … count - 1.
     """
-    lengths = prefix.offset.tolist()
-    count = min(count, *lengths)
+    lengths = prefix.offset
+    counts = lengths.clamp(max=count)
+    most = int(counts.max())
 
-    def pool(x: Tensor) -> Tensor:  # [B, K, T, hd] -> [B, K, count, hd]
-        rows = [row[:, :length].tensor_split(count, dim=1) for row, length in zip(x, lengths)]
-        return torch.stack([torch.stack([part.mean(1) for part in parts], dim=1) for parts in rows])
+    def pool(x: Tensor) -> Tensor:  # [B, K, T, hd] -> [B, K, most, hd]
+        rows = []
+        for row, length, own in zip(x, lengths.tolist(), counts.tolist()):
+            parts = row[:, :length].tensor_split(own, dim=1)
+            means = torch.stack([part.mean(1) for part in parts], dim=1)
+            rows.append(F.pad(means, (0, 0, 0, most - own)))
+        return torch.stack(rows)
 
-    positions = torch.arange(prefix.past[0][0].shape[2], device=prefix.offset.device)[None]
+    positions = torch.arange(prefix.past[0][0].shape[2], device=lengths.device)[None]
     back = rotary_angles(-positions, config)
-    forth = rotary_angles(positions[:, :count], config)
+    forth = rotary_angles(positions[:, :most], config)
     past = [(rotate(pool(rotate(k, back)), forth), pool(v)) for k, v in prefix.past]
-    return Gists(past, torch.full_like(prefix.offset, count))
+    mask = None if bool((counts == most).all()) else positions[:, :most] < counts[:, None]
+    return Gists(past, counts, mask)
 
 
 if __name__ == "__main__":

@@ -385,25 +385,25 @@ class Llama(nn.Module):
     def keys_values(
         self,
         tokens: Tensor,
-        kept: Tensor | None = None,
+        kept: Tensor,
         offset: Tensor | None = None,
         adapter: str | None = None,
         past: Sequence[KV] | None = None,
         mask: Tensor | None = None,
     ) -> list[KV]:
-        """The keys and values that `forward` would return, at the positions `kept` [B, G] (default: all).
+        """The keys and values that `forward` would return, at the tokens `kept` [B, G].
 
         For each layer two [B, K, G, hd]. The last layer computes nothing else, so the one before needs hidden
         states at the kept positions alone.
         """
         x, positions, adapter = self.embed(tokens, offset, adapter)
         angles = rotary_angles(positions, self.config)
-        index = ... if kept is None else (torch.arange(len(x), device=x.device)[:, None], kept)  # into [B, T]
+        index = (torch.arange(len(x), device=x.device)[:, None], kept)  # into [B, T]
         last = len(self.layers) - 1
         present = []
         for i, layer in enumerate(self.layers[:last]):
             inputs = [angles, past and past[i], mask, adapter]
-            if kept is not None and i == last - 1:
+            if i == last - 1:
                 x, *kv = self.run_layer(layer.forward_at, x, index, *inputs)
             else:
                 x, *kv = self.run_layer(layer, x, *inputs)

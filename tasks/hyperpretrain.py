@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Batch, Formatter, Sample, collate
-from gist import HyperLlama, read_rows, with_gists
+from gist import HyperLlama, read_contexts, whole, with_gists
 from llama import Config, InputError, Tokenizer, reading
 from lora import save_tensors
 from run import Options, Run, option, portable, resolve_args, write_json
@@ -304,8 +304,7 @@ def losses(args: Options, hyper: HyperLlama, formatter: Formatter, gists: bool =
         tokens = batch.tokens[:size]
         targets = batch.targets.view(size + 1, -1)[:size, text.inner :]
         (rows,) = batch.context
-        full = read_rows(hyper.model, rows.tokens[:size, :-G].tolist())
-        full.past_mask = None  # all rows have the same length
+        full = read_contexts(hyper.model, [whole(tokens) for tokens in rows.tokens[:size, :-G].tolist()])
         prefixes = {"none": None, "full": full}
         if gists:
             compressed = hyper.compress(rows)

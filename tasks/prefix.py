@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch, Episode, EpisodeBatches, Formatter, Sample, collate
-from gist import Compression, Context, Gists, Rows, label_anchors, mean_pooled, read_kept, read_rows
+from gist import Compression, Context, Gists, Rows, label_anchors, mean_pooled, read_contexts, whole
 from llama import KV, InputError, Llama, positions_of, rotary_angles
 from run import Options, Run, all_options, load_adapters, load_base, option, read_args
 from run import restore as restore_hyper
@@ -226,20 +226,20 @@ def gists_of_run(run: Run, shots: list[Episode]) -> Gists:
 
 def first_tokens(run: Run, shots: list[Episode]) -> Gists:
     rows = [run.formatter.context_tokens(episode)[1 : run.args.gists + 1] for episode in shots]
-    return read_rows(run.hyper.model, rows)
+    return read_contexts(run.hyper.model, [whole(tokens) for tokens in rows])
 
 
 def anchors(run: Run, shots: list[Episode]) -> Gists:
     contexts = [label_anchors(run.formatter, episode) for episode in shots]
     # (without BOS, and a position earlier, so that a prefix begins at 0 like all others)
     contexts = [Context(c.tokens, [p - 1 for p in c.positions], c.kept[1:]) for c in contexts]
-    return read_kept(run.hyper.model, contexts)
+    return read_contexts(run.hyper.model, contexts)
 
 
 def pooled(run: Run, shots: list[Episode]) -> Gists:
     model = run.hyper.model
-    rows = [run.formatter.context_tokens(episode) for episode in shots]
-    return mean_pooled(read_rows(model, rows), run.args.gists, model.config)
+    rows = [whole(run.formatter.context_tokens(episode)) for episode in shots]
+    return mean_pooled(read_contexts(model, rows), run.args.gists, model.config)
 
 
 MADE_OF_EXAMPLES = {"hyper": gists_of_run, "text": first_tokens, "anchors": anchors, "pooled": pooled}
