@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import tasks
 from data import Episode, Formatter, Task, report
-from gist import Context, Gists, Rows, label_anchors, mean_pooled, read_contexts, whole
+from gist import Context, Gists, Rows, label_anchors, mean_pooled, nothing, read_contexts, whole
 from llama import InputError, Llama, causal_mask_after, generate, int_tensor, ragged
 
 # fmt: off
@@ -83,7 +83,7 @@ def score_choices(
     model: Llama,
     prompts: Sequence[Sequence[int]],
     choices: Sequence[Sequence[Sequence[int]]],
-    prefix: Gists | None = None,
+    prefix: Gists,
     adapter: str | None = None,
     mean: bool = False,
 ) -> list[list[float]]:
@@ -95,13 +95,11 @@ def score_choices(
     device = model.embed_tokens.weight.device
     tokens, branch, positions, predictors = choice_rows(prompts, choices, device)
     N, T = tokens.shape
-    past = prefix.as_past(T, adapter) if prefix else {"past": None, "mask": None, "adapter": adapter}
-    if prefix:
-        positions += past["offset"][:, None]
-    P = past["past"][0][0].shape[2] if past["past"] else 0
+    past = prefix.as_past(T, adapter)
+    positions += past["offset"][:, None]
     mask = past["mask"]
     if mask is None:
-        mask = causal_mask_after(torch.ones(N, P, dtype=torch.bool, device=device), T)
+        mask = causal_mask_after(torch.ones(N, prefix.length, dtype=torch.bool, device=device), T)
     mask[:, :, -T:] &= (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
     # The prompt's last token predicts the first token of each of its choices: one logit row serves them all.
     select, which = predictors.unique(return_inverse=True)
@@ -123,6 +121,14 @@ def row_length(prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> int:
 
 # What comes before a query, in two steps: a context, the tokens that are read: (run, episode, task number);
 # and a prefix, their keys and values, of (run, contexts of several episodes, LoRA set).
+
+
+def no_context(run: Run, episode: Episode, t: int) -> None:
+    """Nothing is read."""
+
+
+def no_prefix(run: Run, contexts: Sequence[None], adapter: str | None) -> Gists:
+    return nothing(run.device)
 
 
 def gist_context(run: Run, episode: Episode, t: int) -> list:
@@ -190,7 +196,7 @@ def tuned(run: Run, contexts: Sequence[int], adapter: str | None) -> Gists:
 class Column:
     """One column of the table.
 
-    context, prefix  what comes before a query, as above; None: nothing
+    context, prefix  what comes before a query, as above; by default nothing
     trained   whether the run's own LoRA set answers; else the model without it does
     base      whether the model answers as it was before hyperpretraining (Run.base)
     instruct  what a query begins with (Formatter.query); None: as --instruction-downstream says
@@ -198,8 +204,8 @@ class Column:
     """
 
     title: str
-    context: Callable | None = None
-    prefix: Callable | None = None
+    context: Callable = no_context
+    prefix: Callable = no_prefix
     trained: bool = True
     base: bool = False
     instruct: str | None = None
@@ -276,7 +282,7 @@ def encode(
     encoded = []
     for i, episode in enumerate(episodes):
         source = others[i % len(others)] if column.other else episode
-        context = column.context(run, source, t) if column.context else None
+        context = column.context(run, source, t)
         encoded.append(Encoded(context, *encode_queries(run.formatter, episode, instruct)))
     return encoded
 
@@ -304,16 +310,14 @@ def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Enc
     adapter = run.hyper.downstream_adapter if column.trained else None
     answers = {}  # (number of the episode, number of its query) -> text
     for part in token_batches([context_length(item.context) for item in encoded], most):
-        prefix = column.prefix(run, [encoded[e].context for e in part], adapter) if column.prefix else None
-        P = prefix.as_past(1)["past"] if prefix else None
-        P = P[0][0].shape[2] if P else 0
+        prefix = column.prefix(run, [encoded[e].context for e in part], adapter)
         asked = [(row, e, q) for row, e in enumerate(part) for q in range(len(episodes[e].queries))]
         prompts = [encoded[e].prompts[q] for _, e, q in asked]
         choices = [encoded[e].choices[q] for _, e, q in asked]
-        lengths = [P + (row_length(p, c) if c else len(p) + MAX_NEW_TOKENS) for p, c in zip(prompts, choices)]
-        for chosen in token_batches(lengths, most):
+        longest = [row_length(p, c) if c else len(p) + MAX_NEW_TOKENS for p, c in zip(prompts, choices)]
+        for chosen in token_batches([prefix.length + length for length in longest], most):
             rows = [asked[i][0] for i in chosen]
-            own = prefix[int_tensor(rows, run.device)] if prefix else None
+            own = prefix[int_tensor(rows, run.device)]
             some = [prompts[i] for i in chosen]
             if choices[chosen[0]]:
                 best = choose(run, some, [choices[i] for i in chosen], own, adapter)
@@ -326,7 +330,7 @@ def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Enc
     return [answers[key] for key in sorted(answers)]
 
 
-def choose(run: Run, prompts, choices, prefix: Gists | None, adapter: str | None) -> list[int]:
+def choose(run: Run, prompts, choices, prefix: Gists, adapter: str | None) -> list[int]:
     """The number of each prompt's best choice."""
     best = []
     for scores in score_choices(run.hyper.model, prompts, choices, prefix, adapter, run.args.score == "mean"):
@@ -336,12 +340,10 @@ def choose(run: Run, prompts, choices, prefix: Gists | None, adapter: str | None
     return best
 
 
-def write_answers(
-    run: Run, episode: Episode, prompts, prefix: Gists | None, adapter: str | None
-) -> list[str]:
+def write_answers(run: Run, episode: Episode, prompts, prefix: Gists, adapter: str | None) -> list[str]:
     """The model's own answers to prompts in the episode's layout. prefix: what comes before each of them."""
     tokenizer = run.formatter.tokenizer
-    past = prefix.as_past(max(map(len, prompts)), adapter) if prefix else {"adapter": adapter}
+    past = prefix.as_past(max(map(len, prompts)), adapter)
     until = tokenizer.encode(episode.layout.end)
     rows = generate(run.hyper.model, prompts, MAX_NEW_TOKENS, tokenizer.eos, until, **past)
     # (Where a token ends with the beginning of `until`, as ".\n\n" may, the tokens don't show where it begins.)
@@ -416,7 +418,7 @@ def digest(run: Run, column: Column, episodes: list[Episode], others: list[Episo
     adapter = run.hyper.downstream_adapter if column.trained else None
     model = run.hyper.model
     held = (model.checksum, str(model.embed_tokens.weight.dtype), run.args.quantize, run.args.gists)
-    how = (column.prefix and column.prefix.__name__, adapter, run.args.score, held)
+    how = (column.prefix.__name__, adapter, run.args.score, held)
     right = [(query.target, query.references) for episode in episodes for query in episode.queries]
     return hashlib.sha256(repr((how, encoded, right, trained_by(run, column))).encode()).hexdigest()
 

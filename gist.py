@@ -108,7 +108,8 @@ class Rows:
 class Gists:
     """What the hypernetwork makes of its examples: a past, and where to go on from there.
 
-    past       per layer (key, value), each [B, K, G, hd]: 2·L·K·G·hd numbers a row, 8.4 MB for Llama-2-7B
+    past       per layer (key, value), each [B, K, G, hd]: 2·L·K·G·hd numbers a row, 8.4 MB for Llama-2-7B;
+               None where nothing comes before
     offset     [B], the position after the last gist (paper, Appendix B)
     past_mask  [B, G] bool, which of the past is real, where rows keep unequal numbers of tokens; else None
 
@@ -116,9 +117,13 @@ class Gists:
     from `offset`.
     """
 
-    past: Sequence[KV]
+    past: Sequence[KV] | None
     offset: Tensor
     past_mask: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return self.past[0][0].shape[2] if self.past else 0
 
     def __getitem__(self, rows: Tensor) -> "Gists":
         """Choose rows, with repetition: several queries can follow the same gists."""
@@ -126,13 +131,18 @@ class Gists:
         def choose(x: Tensor) -> Tensor:  # (a single row isn't copied)
             return x[rows] if len(x) > 1 else x.expand(len(rows), *x.shape[1:])
 
-        past = [(choose(k), choose(v)) for k, v in self.past]
+        past = self.past and [(choose(k), choose(v)) for k, v in self.past]
         return Gists(past, choose(self.offset), None if self.past_mask is None else choose(self.past_mask))
 
     def as_past(self, T: int, adapter: str | None = None) -> dict:
         """The arguments of `Llama.forward` for T tokens that come after this prefix, with a LoRA set on."""
         mask = None if self.past_mask is None else causal_mask_after(self.past_mask, T)
         return {"past": self.past, "offset": self.offset, "mask": mask, "adapter": adapter}
+
+
+def nothing(device: torch.device | str = "cpu") -> Gists:
+    """No prefix: what comes after it begins at position 0."""
+    return Gists(None, torch.zeros(1, dtype=torch.long, device=device))
 
 
 def one_context(formatter, episode, gist_ids: Sequence[int]) -> list[Context]:
@@ -202,13 +212,14 @@ class HyperLlama(nn.Module):
         gists = F.embedding((tokens - V).clamp(min=0), self.gists).to(words.dtype)
         return torch.where((tokens >= V)[..., None], gists, words)
 
-    def forward(self, batch) -> tuple[Tensor, Gists | None]:
+    def forward(self, batch) -> tuple[Tensor, Gists]:
         """Both passes. A data.Batch -> logits at its targets [M, V], and the gists that they come after.
 
         Without examples to compress (batch.context is None) this is an ordinary language model.
         """
-        gists = None
-        if batch.context is not None:
+        if batch.context is None:
+            gists = nothing(batch.tokens.device)
+        else:
             gists = self.compression.prefix(self, batch.context)  # the first pass: LoRA on
         return self.predict(batch, gists), gists  # the second: LoRA off, or another set
 
@@ -222,13 +233,10 @@ class HyperLlama(nn.Module):
         kept = self.model.keys_values(x, rows.kept, rows.positions, self.hyper_adapter, past, mask)
         return Gists(kept, rows.offset, rows.past_mask)
 
-    def predict(self, batch, gists: Gists | None) -> Tensor:
+    def predict(self, batch, gists: Gists) -> Tensor:
         """The second pass: read each query after its gists. Logits at the targets [M, V]."""
-        if gists is None:
-            prefix = {"adapter": self.downstream_adapter}
-        else:
-            prefix = gists[batch.row].as_past(batch.tokens.shape[1], self.downstream_adapter)
-        return self.model(batch.tokens, **prefix, select=batch.select)[0]
+        past = gists[batch.row].as_past(batch.tokens.shape[1], self.downstream_adapter)
+        return self.model(batch.tokens, **past, select=batch.select)[0]
 
     def joint(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Both passes as one. tokens [B, T]: each row BOS, examples, gists, BOS, query -> logits [B, T, V].

@@ -57,6 +57,7 @@ class Emitted:
 
     updates: Updates
     offset: Tensor
+    length = 0
 
     def __getitem__(self, rows: Tensor) -> "Emitted":
         return Emitted({path: (A[rows], B[rows]) for path, (A, B) in self.updates.items()}, self.offset[rows])

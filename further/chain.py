@@ -87,5 +87,4 @@ def real(gists: Gists) -> torch.Tensor:
     """[B, P] which of the past is real."""
     if gists.past_mask is not None:
         return gists.past_mask
-    B, _, P, _ = gists.past[0][0].shape
-    return torch.ones(B, P, dtype=torch.bool, device=gists.offset.device)
+    return torch.ones(len(gists.offset), gists.length, dtype=torch.bool, device=gists.offset.device)

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Batch, Formatter, Sample, collate
-from gist import HyperLlama, read_contexts, whole, with_gists
+from gist import HyperLlama, nothing, read_contexts, whole, with_gists
 from llama import Config, InputError, Tokenizer, reading
 from lora import save_tensors
 from run import Options, Run, option, portable, resolve_args, write_json
@@ -305,13 +305,13 @@ def losses(args: Options, hyper: HyperLlama, formatter: Formatter, gists: bool =
         targets = batch.targets.view(size + 1, -1)[:size, text.inner :]
         (rows,) = batch.context
         full = read_contexts(hyper.model, [whole(tokens) for tokens in rows.tokens[:size, :-G].tolist()])
-        prefixes = {"none": None, "full": full}
+        prefixes = {"none": nothing(device), "full": full}
         if gists:
             compressed = hyper.compress(rows)
             own = torch.arange(size, device=device)
             prefixes |= {"gists": compressed[own], "other": compressed[own + 1]}
         for name, prefix in prefixes.items():
-            logits, _ = hyper.model(tokens, **(prefix.as_past(tokens.shape[1]) if prefix else {}))
+            logits, _ = hyper.model(tokens, **prefix.as_past(tokens.shape[1]))
             on_c = logits[:, text.inner :].float()  # BOS and B come before it
             each = F.cross_entropy(on_c.transpose(1, 2), targets, reduction="none").mean(1)
             losses_of.setdefault(name, []).extend(each.tolist())

@@ -272,7 +272,7 @@ def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> N
         gists = MADE_OF_EXAMPLES[args.init](run, shots)
     else:
         return
-    fits = isinstance(gists, Gists) and gists.past[0][0].shape[2] == args.gists
+    fits = isinstance(gists, Gists) and gists.length == args.gists
     if not fits or (gists.past_mask is not None and not gists.past_mask.all()):
         raise InputError(f"--init {args.init}: the examples don't give --gists {args.gists} positions")
     run.hyper.start_from(gists)

@@ -57,7 +57,7 @@ def compress_examples(run: Run, path: Path) -> Gists:
     if unread:
         print(report(left_out), file=sys.stderr)
     gists = compress(run, [context], None)
-    kept = gists.past[0][0].shape[2] if isinstance(gists, Gists) else len(run.hyper.gists)
+    kept = gists.length or len(run.hyper.gists)
     read = sum(len(row.tokens) for row in context) - len(context) * len(run.hyper.gists)
     what = f"{len(examples) - unread} examples, {read} tokens, became {kept} gists"
     if isinstance(gists, Gists):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from eval import draw_held_out, encode_queries, gist_context, score_choices
-from gist import Gists, HyperLlama, Rows, gist_mask
+from gist import Gists, HyperLlama, Rows, gist_mask, nothing
 from llama import attend, int_tensor, ragged, rotary_angles, rotate
 from run import PROJECT, Parser, a_path, default_folder, open_run, read_args, resolve_args, run_command
 from tools.report import WORDS, picture, write_picture
@@ -100,10 +100,9 @@ def open_lesson(queries: int = QUERIES) -> Lesson:
 # ------------------------------------------------------------------------------- what is computed
 
 
-def score(lesson: Lesson, prefixes: Gists | None, shift: int = 0, adapter: str | None = None) -> Score:
+def score(lesson: Lesson, prefixes: Gists, shift: int = 0, adapter: str | None = None) -> Score:
     """How the queries are answered after prefixes [N], `shift` positions too late, by a LoRA set or none."""
-    if prefixes is not None:
-        prefixes = replace(prefixes, offset=prefixes.offset + shift)
+    prefixes = replace(prefixes, offset=prefixes.offset + shift)
     scores = score_choices(lesson.hyper.model, lesson.prompts, lesson.choices, prefixes, adapter)
     accuracy = fmean(100.0 * (values.index(max(values)) == n) for values, n in zip(scores, lesson.right))
     return Score(accuracy, -fmean(values[n] for values, n in zip(scores, lesson.right)))
@@ -152,7 +151,7 @@ def compare_prefixes(lesson: Lesson) -> dict[str, Score]:
     return {
         "gists of the task's examples": score(lesson, gists[lesson.task]),
         "gists of another task": score(lesson, gists[lesson.other[lesson.task]]),
-        "no gists": score(lesson, None),
+        "no gists": score(lesson, nothing()),
     }
 
 
@@ -383,7 +382,7 @@ def draw_positions(lesson: Lesson, figure) -> None:
 
 def draw_offsets(lesson: Lesson, figure) -> None:
     scores = compare_offsets(lesson)
-    without = score(lesson, None)
+    without = score(lesson, nothing())
     length = fmean(map(len, lesson.prompts))
     ends = (SHIFTS[0] - 2, SHIFTS[-1] + 2)
     upper, lower = figure.subplots(2, 1, sharex=True)
