@@ -67,9 +67,9 @@ class Episode:
     layout: Layout = PLAIN
     instruction: str = ""
 
-    def split(self, sets: int) -> list["Episode"]:
+    def split(self, parts: int) -> list["Episode"]:
         """The same with a part of the examples each."""
-        return [replace(self, shots=self.shots[n::sets]) for n in range(sets)]
+        return [replace(self, shots=self.shots[n::parts]) for n in range(parts)]
 
 
 class Task(Protocol):
@@ -299,7 +299,7 @@ class EpisodeBatches:
         self.queries = QUERIES if self.method == "hyper" else 1
         self.weights = [task.weight for task in self.tasks]
         for task in self.tasks:  # a task that is too small is found now, not after hours
-            task.draw(random.Random(0), self.shots * self.compression.sets, self.queries)
+            task.draw(random.Random(0), self.shots * self.compression.parts, self.queries)
 
     def __str__(self) -> str:
         return f"{len(self.tasks)} training tasks"
@@ -311,7 +311,7 @@ class EpisodeBatches:
     def sample(self, rng: random.Random) -> Sample:
         def draw() -> Episode:
             (task,) = rng.choices(self.tasks, self.weights)
-            return task.draw(rng, self.shots * self.compression.sets, self.queries)
+            return task.draw(rng, self.shots * self.compression.parts, self.queries)
 
         episode = self.formatter.first_that_fits(draw)
         context = None

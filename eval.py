@@ -150,7 +150,7 @@ def shots_context(run: Run, episode: Episode, t: int) -> list[Context]:
 
 def one_set(run: Run, episode: Episode) -> Episode:
     """Where gists stand for several sets of examples: with one of these."""
-    if run.hyper.compression.sets == 1:
+    if run.hyper.compression.parts == 1:
         return episode
     return replace(episode, shots=episode.shots[: run.args.shots])
 
@@ -358,8 +358,9 @@ class HeldOut:
     """Tasks to evaluate on.
 
     episodes  draw of examples -> task -> episodes
-    left_out  what didn't fit, counted
-    shots     task -> method -> how many examples could be read, on average
+    left_out  what didn't fit into what the run itself reads, counted
+    shots     task -> "hyper", "fewshot" -> how many examples could be read, on average
+    all_read  whether these are all examples
     digests   (column, task, draw) -> digest, as far as computed
     scores    digest and step -> mean score, as far as computed
     """
@@ -368,6 +369,7 @@ class HeldOut:
     episodes: list[list[list[Episode]]]
     left_out: Counter[str]
     shots: list[dict[str, float]]
+    all_read: bool = True
     digests: dict[tuple[str, int, int], str] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
 
@@ -395,7 +397,7 @@ def draw_held_out(run: Run) -> HeldOut:
     for t, task in enumerate(tqdm(held_out, desc="preparing held-out tasks", leave=False, delay=1)):
         read = {name: [] for name in contexts}
         for n in range(args.sets):
-            drawn = task.evaluation(args.seed, n, args.shots * run.hyper.compression.sets, args.limit)
+            drawn = task.evaluation(args.seed, n, args.shots * run.hyper.compression.parts, args.limit)
             episodes[n].append(drawn)
             for episode in drawn:
                 if n == 0:
@@ -408,7 +410,9 @@ def draw_held_out(run: Run) -> HeldOut:
                     read[name].append(own["shots"] - own["shots left out"])
                     counts.update({key: own[key] for key in own if "shots" in key or "instructions" in key})
         shots.append({name: fmean(values) for name, values in read.items()})
-    return HeldOut(held_out, episodes, queries + contexts.get(args.method, Counter()), shots)
+    read_by_run = [contexts[name] for name in contexts if args.method in (name, "hyper")]
+    all_read = not any(counts["shots left out"] for counts in read_by_run)
+    return HeldOut(held_out, episodes, queries + contexts.get(args.method, Counter()), shots, all_read)
 
 
 def digest(run: Run, column: Column, episodes: list[Episode], others: list[Episode], t: int) -> str:
@@ -429,7 +433,7 @@ def trained_by(run: Run, column: Column) -> str | None:
     trains_base = run.hyper.model.embed_tokens.weight.requires_grad
     if column.prefix not in (compress, tuned) and not trained_set and not trains_base:
         return None
-    names = ["data", *sorted(names_of("model", "sets", "course"))]
+    names = ["data", *sorted(names_of("model", "parts", "course"))]
     return repr([(name, vars(run.args)[name]) for name in names])
 
 
@@ -587,8 +591,7 @@ def result_table(run: Run, held_out: HeldOut, scores: dict[str, list[list[float]
     unit += f", first {run.args.limit} of each" * bool(run.args.limit)
     read = {name: fmean(shots[name] for shots in held_out.shots) for name in ("hyper", "fewshot")}
     fields = {"shots": f"{read['fewshot']:.3g}", "method": columns(run, held_out.tasks)["main"].title}
-    some_left_out = held_out.left_out["shots left out"] > 0
-    heads = ["examples read"] * some_left_out + [TITLES[name].format(**fields) for name in scores]
+    heads = ["examples read"] * (not held_out.all_read) + [TITLES[name].format(**fields) for name in scores]
     lines = [[unit, "queries", *heads]]
     groups = [task.group for task in held_out.tasks]
     if len(set(groups)) > MOST_LINES:
@@ -599,7 +602,7 @@ def result_table(run: Run, held_out: HeldOut, scores: dict[str, list[list[float]
             "average" if group is None else group if len(chosen) == 1 else f"{group} ({len(chosen)} tasks)"
         ]
         line.append(f"{sum(held_out.sizes[t] for t in chosen):,}")
-        if some_left_out:
+        if not held_out.all_read:
             line.append(", ".join(f"{fmean(held_out.shots[t][name] for t in chosen):.3g}" for name in read))
         for name, values in scores.items():
             draws = draw_averages(run, held_out, values, chosen)
@@ -635,7 +638,7 @@ def parse(argv: list[str] | None = None) -> tuple[Options, Path | None, Path]:
         "folder", nargs="?", metavar="RUN", help="folder of a finished run; without it, a plain Llama"
     )
     parser.add_argument("--out", metavar="DIR", help="folder for results.json (the run's, or runs/eval-…)")
-    add_options(parser, "eval", "place", "sets")
+    add_options(parser, "eval", "place", "parts")
     add_options(parser.add_argument_group("for a plain Llama (a RUN has its own)"), "model", "course")
     typed = vars(parser.parse_args(argv))
     folder = typed.pop("folder", None)
@@ -651,12 +654,12 @@ def parse(argv: list[str] | None = None) -> tuple[Options, Path | None, Path]:
         args = resolve_args(typed | {"steps": 0})
         return args, None, Path(out or default_folder(args).replace("runs/", "runs/eval-"))
     folder = Path(folder)
-    ways = typed.keys() & names_of("sets")
-    for name in typed.keys() - names_of("eval", "place", "sets"):
+    ways = typed.keys() & names_of("parts")
+    for name in typed.keys() - names_of("eval", "place", "parts"):
         raise InputError(f"{flag(name)}: {folder} was trained with its own, which can't be changed")
     before = read_args(folder)
     # How the training was evaluated is not inherited; nor how it combined sets, where another way is named.
-    dropped = names_of("eval", "sets") if ways else names_of("eval")
+    dropped = names_of("eval", "parts") if ways else names_of("eval")
     args = resolve_args(typed, {name: value for name, value in before.items() if name not in dropped})
     beside = [f"{way}-{typed[way]}" for way in sorted(ways)]  # the run's own result stays
     if "data" in typed and typed["data"] != before["data"] and Path(before["data"]).exists():

@@ -161,13 +161,13 @@ class Compression:
 
     contexts  (formatter, episode, gist ids) -> the rows that the hypernetwork reads, usually one
     prefix    (hyper, the same rows of B episodes as tensors) -> their Gists
-    sets      the examples are so many times --shots
+    parts     the prefix is made of so many sets of --shots examples
     build     (hyper, generator): adds what else is trained, if anything
     """
 
     contexts: Callable = one_context
     prefix: Callable = one_prefix
-    sets: int = 1
+    parts: int = 1
     build: Callable | None = None
 
 
@@ -252,13 +252,15 @@ class HyperLlama(nn.Module):
         return self.model(self.embed(tokens), offset=positions, adapter=adapter, mask=gist_mask(is_gist))[0]
 
 
-def averaging(sets: int) -> Compression:
+def averaging(parts: int) -> Compression:
     """The gists of so many sets of examples, averaged."""
 
     def contexts(formatter, episode, gist_ids) -> list[Context]:
-        return [context for part in episode.split(sets) for context in one_context(formatter, part, gist_ids)]
+        return [
+            context for part in episode.split(parts) for context in one_context(formatter, part, gist_ids)
+        ]
 
-    return Compression(contexts, average, sets)
+    return Compression(contexts, average, parts)
 
 
 def average(hyper: HyperLlama, pieces: Sequence[Rows]) -> Gists:

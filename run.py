@@ -51,7 +51,7 @@ def option(default=None, help="", kind=None, choices=None, least=0, role="model"
     role  "model"  changes what is trained: fixed for a run, and part of its default folder's name
           "place"  may lie elsewhere, or be held otherwise, later
           "course" how long the run trains and how it is watched
-          "sets"   how many sets of examples make one prefix: may be others in evaluation
+          "parts"  how many sets of examples make one prefix: may be others in evaluation
           "eval"   may differ in each evaluation
     """
     kind = kind or type(default)
@@ -100,12 +100,16 @@ class Options:
     limit: int = option(0, role="eval", help="rows of a held-out task to score (all)")
     score: str = option("sum", choices=("sum", "mean"), role="eval", help="of a choice's token log-probs")
     eval_tokens: int = option(8192, least=1, role="eval", help="tokens in memory at a time when evaluating")
-    average: int = option(kind=int, least=1, role="sets", help="average the gists of N sets of examples")
+    average: int = option(kind=int, least=1, role="parts", help="average the gists of N sets of examples")
 # fmt: on
 
 
 def plugins(folder: str) -> dict[str, ModuleType]:
-    """The files of tasks/ or of further/ by name."""
+    """The files of tasks/ or of further/ by name.
+
+    A chapter of further/ enters in four places: `all_options` and `check_args` read its OPTIONS and ask its
+    check, `compression_of` its way to make a prefix, train.loss_terms its terms of the loss.
+    """
     names = {path.stem for path in (PROJECT / folder).glob("[a-z]*.py")}
     if folder == "tasks":
         names -= tasks.NOT_TASKS
@@ -242,7 +246,7 @@ def compression_of(args: Options) -> Compression:
         raise InputError(f"{name} belongs to a hypernetwork that is trained on tasks")
     if len(ways) > 1:
         raise InputError(f"{', '.join(ways)} exclude each other: each is a way to make one prefix")
-    if way.sets > 1 and task.ONE_SET:
+    if way.parts > 1 and task.ONE_SET:
         raise InputError(f"{name}: --task {args.task} has one set of examples")
     return way
 
@@ -263,7 +267,7 @@ def default_folder(args: Options) -> str:
             continue
         if f.name in ("model", "data"):
             name += f"-{Path(value).name}"
-        elif f.metadata["role"] in ("model", "sets") or f.name == "dtype":
+        elif f.metadata["role"] in ("model", "parts") or f.name == "dtype":
             name += f"-{f.name.replace('_', '-')}"
             if f.metadata["kind"] is not bool:
                 name += f"-{Path(value).name if f.metadata['kind'] is Path else value}"
@@ -289,16 +293,16 @@ def read_args(folder: Path) -> dict:
         args = all_options()(**json.loads(path.read_text()))  # another name is a TypeError
         for f in fields(args):
             value = getattr(args, f.name)
-            kind = {float: (int, float), Path: str}.get(f.metadata["kind"], f.metadata["kind"])
-            if value is not None and (
-                not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)
-            ):
+            kinds = {float: (float, int), Path: (str,)}.get(f.metadata["kind"], (f.metadata["kind"],))
+            if type(value) not in (
+                *kinds,
+                type(f.default),
+            ):  # (None where that is the default; True is no int)
                 raise ValueError(f"{f.name} = {value!r}")
-            if value is None and (f.default is not None or f.name in ("task", "model", "data")):
-                raise ValueError(f"{f.name} = null")
             if f.metadata["kind"] is Path and value:
                 setattr(args, f.name, str(PROJECT / value))
         tasks.find(args.task)
+        Path(args.model, args.data)  # these are never null
     return {f.name: getattr(args, f.name) for f in fields(args)}
 
 
@@ -315,7 +319,7 @@ FILES = {
 def ours(path: Path) -> bool:
     """Whether a run wrote this, and all that is in it."""
     if path.is_dir() and not path.is_symlink():  # of further results of the same run
-        folders = {"shared", "data-*", *(f"{name}-*" for name in names_of("sets"))}
+        folders = {"shared", "data-*", *(f"{name}-*" for name in names_of("parts"))}
         return any(map(path.match, folders)) and all(map(ours, path.iterdir()))
     return any(path.match(name) or path.match(f"{name}.partial") for name in FILES)
 
@@ -484,7 +488,7 @@ def open_run(args: Options, folder: Path | None = None) -> Run:
             f"--context {args.context} + --query-length {args.query_length}{' + an answer' * bool(answer)}"
         )
         raise InputError(f"{parts} exceed the {most} positions of {args.model}")
-    if args.gists * compression_of(args).sets + args.query_length + answer > most:
+    if args.gists * compression_of(args).parts + args.query_length + answer > most:
         raise InputError(f"so many gists and a query exceed the {most} positions of {args.model}")
     if args.method == "fewshot" and args.context <= args.query_length:
         raise InputError(f"--context {args.context} must be longer than --query-length {args.query_length}")

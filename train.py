@@ -395,7 +395,7 @@ def finish(run: Run, held_out: HeldOut | None, results: dict, left_out: Counter,
     show_answers(run, held_out)
     baselines = results["baselines"]
     read = results["shots"]["fewshot"]
-    examples = f"{read:.3g} examples" if held_out.left_out["shots left out"] else "all examples"
+    examples = "all examples" if held_out.all_read else f"{read:.3g} examples"
     before = "" if results["before"] is None else f"before {results['before']:.1f} → "
     print(
         f"{before}after {results['average']:.1f} | without examples {baselines['zeroshot']:.1f} "

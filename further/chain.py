@@ -17,11 +17,11 @@ from llama import InputError
 from run import option
 
 OPTIONS = {
-    "concat": option(kind=int, least=1, role="sets", help="the gists of N sets of examples side by side"),
+    "concat": option(kind=int, least=1, role="parts", help="the gists of N sets of examples side by side"),
     "chain": option(
         kind=int,
         least=1,
-        role="sets",
+        role="parts",
         help="N sets of examples one after the other, each seeing the gists of those before it",
     ),
 }
@@ -32,18 +32,18 @@ check = None  # run.compression_of says what it doesn't go with
 def compression(args) -> Compression | None:
     if args.chain and args.concat:
         raise InputError("--concat and --chain exclude each other")
-    sets = args.chain or args.concat
-    if not sets:
+    parts = args.chain or args.concat
+    if not parts:
         return None
 
     of_one_set = anchors.contexts if args.anchors else one_context
 
     def contexts(formatter, episode, gist_ids) -> list[Context]:
-        rows = [row for part in episode.split(sets) for row in of_one_set(formatter, part, gist_ids)]
+        rows = [row for part in episode.split(parts) for row in of_one_set(formatter, part, gist_ids)]
         return placed(rows, joined=bool(args.chain))
 
     build = anchors.without_gists if args.anchors else None
-    return Compression(contexts, chain if args.chain else side_by_side, sets, build)
+    return Compression(contexts, chain if args.chain else side_by_side, parts, build)
 
 
 def placed(rows: list[Context], joined: bool) -> list[Context]:

@@ -20,7 +20,7 @@ compression = None  # the prefix stays as it is
 def check(args) -> None:
     if args.method != "hyper" or args.task == "prefix":
         raise InputError("--reconstruct belongs to a hypernetwork that is trained to compress")
-    if compression_of(args).sets > 1:
+    if compression_of(args).parts > 1:
         raise InputError("--reconstruct goes with one set of examples")
 
 

@@ -522,7 +522,7 @@ def test_every_way_to_make_a_prefix_has_the_logits_and_the_gradients_of_one_row(
     batches, episodes = recorded_batches(run, instructed=True)
     batch = batches(0, range(5, 8))
     logits, gists = run.hyper(batch)
-    expected = [G * run.hyper.compression.sets] * 3
+    expected = [G * run.hyper.compression.parts] * 3
     if "anchors" in way:
         expected = [int(lay_out(way, episode).left.sum()) for episode in episodes]
     assert gists.offset.tolist() == expected

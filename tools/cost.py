@@ -144,7 +144,7 @@ def main() -> None:
         raise InputError("name a RUN, or --real")
     folder = Path(typed.pop("folder"))
     run = open_run(resolve_args(typed, read_args(folder)), folder)
-    plain = run.args.method == "hyper" and run.hyper.compression.sets == 1 and not run.args.fuse_instruction
+    plain = run.args.method == "hyper" and run.hyper.compression.parts == 1 and not run.args.fuse_instruction
     if not plain or not run.hyper.gist_ids or run.task.evaluate:
         what = "what is counted are the gists of one set of a task's examples, nothing beside"
         raise InputError(f"{folder}: {what}")

@@ -85,7 +85,7 @@ def main() -> None:
     run = open_run(resolve_args(typed, read_args(folder)), folder)
     if run.args.method != "hyper" or not run.hyper.gist_ids or run.task.evaluate:
         raise InputError(f"{folder}: not the run of a hypernetwork with tasks")
-    if run.hyper.compression.sets > 1:
+    if run.hyper.compression.parts > 1:
         what = "its prefixes are made of several sets of examples; what is probed is one"
         raise InputError(f"{folder}: {what}")
     found = probe(run, sets)
