@@ -91,6 +91,11 @@ def test_a_long_definition_leaves_room_for_the_query(tokenizer):
     assert report(formatter.left_out) == message
 
 
+def test_an_instruction_takes_nothing_of_a_context_that_is_full(tokenizer):
+    episode = Episode([], [Example("dog", "fox")], SNI_LAYOUT, "owl " + "dog " * 50)
+    assert Formatter(tokenizer, 100, 60).context_tokens(episode, -2) == [tokenizer.bos]
+
+
 def test_a_query_whose_layout_has_no_room_is_refused(tokenizer):
     query = Example("dog", "fox")
     with pytest.raises(InputError, match="--query-length 30: a query's layout takes .* leave 3$"):

@@ -1,6 +1,8 @@
 """ROUGE-L, columns, scores and their keys, averages, options."""
 
+import fcntl
 import json
+import os
 import shutil
 import statistics
 from collections import Counter
@@ -17,6 +19,7 @@ import tasks
 import train as training
 from data import Episode, Example
 from eval import HeldOut, average, draw_held_out, parse, take_folder
+from gist import nothing
 from llama import InputError, load
 from run import (
     MARK,
@@ -387,6 +390,38 @@ def test_an_evaluation_that_fails_removes_nothing_that_was_made_before(tmp_path,
     take_folder(folder, folder)
     release_folders()
     assert (folder / name).read_text() == "hours of work" and (folder / "args.json").exists()
+
+
+def test_an_evaluation_leaves_a_run_that_has_logged_nothing_and_lets_others_read_it(tmp_path):
+    folder = save_args(tmp_path / "run")
+    (folder / MARK).touch()
+    (folder / "log.jsonl").touch()
+    take_folder(folder, folder)
+    release_folders()
+    assert (folder / "args.json").exists(), "a run that was killed before its first step"
+    take_folder(tmp_path / "one", folder)
+    reader = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as a second evaluation with another --out would
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(reader, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as training would
+    finally:
+        os.close(reader)
+        release_folders()
+
+
+def test_the_base_of_a_model_that_another_program_trained_is_unknown(tmp_path):
+    shutil.copytree(ROOT / "tiny" / "llama", tmp_path / "model")
+    (tmp_path / "model" / "args.json").write_text('{"learning_rate": 1}')
+    assert tiny_run("--model", tmp_path / "model").base_folder is None
+
+
+def test_an_answer_ends_where_its_layout_says_whatever_the_tokens_are(monkeypatch):
+    """A tokenizer may join the end of an answer and the beginning of what follows it in one token."""
+    run = tiny_run()
+    written = run.formatter.tokenizer.encode("kilo.\nInput:\nfox")
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: [written])
+    assert evaluation.write_answers(run, Episode([], []), [[1]], nothing(), None) == ["kilo."]
 
 
 def test_one_result_beside_a_run_does_not_stand_in_the_way_of_another(tmp_path):

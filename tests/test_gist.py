@@ -15,7 +15,18 @@ import data
 import llama
 from data import PLAIN, Batch, Example, Sample, Term, collate
 from further import lm, teacher
-from gist import Gists, HyperLlama, Rows, average, gist_mask, label_anchors, mean_pooled, with_gists
+from gist import (
+    Gists,
+    HyperLlama,
+    Rows,
+    average,
+    gist_mask,
+    label_anchors,
+    mean_pooled,
+    read_contexts,
+    whole,
+    with_gists,
+)
 from llama import InputError, ragged, rotary_angles, rotate
 from lora import load_tensors, save_tensors
 from run import all_options
@@ -345,3 +356,16 @@ def test_the_lecture_uses_the_trained_run_or_says_that_there_is_none(
     (tmp_path / "figures" / lecture.PICTURES[-1]).write_text("mine")
     with pytest.raises(InputError, match="would replace"):
         lecture.draw(lesson, tmp_path / "figures")
+
+
+def test_a_row_is_pooled_alike_alone_and_beside_a_shorter_one():
+    model = random_hyper().model
+    contexts = [whole(row) for row in EXAMPLES]
+    together = mean_pooled(read_contexts(model, contexts), 9, model.config)
+    assert together.offset.tolist() == [8, 9, 3, 9] and together.past_mask.sum(1).tolist() == [8, 9, 3, 9]
+    for n, context in enumerate(contexts):
+        alone = mean_pooled(read_contexts(model, [context]), 9, model.config)
+        length = alone.length
+        for ours, theirs in zip(together.past, alone.past):
+            for x, y in zip(ours, theirs):
+                torch.testing.assert_close(x[n : n + 1, :, :length], y, **TOLERANCE)

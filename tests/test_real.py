@@ -163,6 +163,16 @@ def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, json_tokenizer, nam
     assert "\n" not in str(problem.value) and str(folder) in str(problem.value)
 
 
+def test_a_folders_own_tokenizer_comes_before_one_beside_it(tmp_path, json_tokenizer):
+    shutil.copyfile(
+        ROOT / "tiny" / "llama" / "tokenizer.model", tmp_path / "tokenizer.model"
+    )  # as Meta ships it
+    shutil.copytree(json_tokenizer, tmp_path / "model")
+    (tmp_path / "7B").mkdir()
+    assert Tokenizer(tmp_path / "model").path.name == "tokenizer.json"
+    assert Tokenizer(tmp_path / "7B").path == tmp_path / "tokenizer.model"
+
+
 def test_without_the_package_a_tokenizer_json_is_refused_in_a_line(json_tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InputError, match="needs the package tokenizers"):
