@@ -371,7 +371,7 @@ class Llama(nn.Module):
         """
         if past is not None and offset is None:
             raise ValueError("a past needs an offset: the position at which the new tokens go on")
-        x, positions, adapter = self.embed(tokens, offset, adapter)
+        x, positions, adapter = self.inputs(tokens, offset, adapter)
         angles = rotary_angles(positions, self.config)
         present = []
         for i, layer in enumerate(self.layers):
@@ -396,10 +396,15 @@ class Llama(nn.Module):
         For each layer two [B, K, G, hd]. The last layer computes nothing else, so the one before needs hidden
         states at the kept positions alone.
         """
-        x, positions, adapter = self.embed(tokens, offset, adapter)
+        x, positions, adapter = self.inputs(tokens, offset, adapter)
         angles = rotary_angles(positions, self.config)
         index = (torch.arange(len(x), device=x.device)[:, None], kept)  # into [B, T]
+        T = x.shape[1]
         last = len(self.layers) - 1
+
+        def of_kept(y: Tensor) -> Tensor:  # of P + T positions, those kept of the T new ones: [B, K, G, hd]
+            return y[:, :, -T:].transpose(1, 2)[index].transpose(1, 2)
+
         present = []
         for i, layer in enumerate(self.layers[:last]):
             inputs = [angles, past and past[i], mask, adapter]
@@ -407,13 +412,12 @@ class Llama(nn.Module):
                 x, *kv = self.run_layer(layer.forward_at, x, index, *inputs)
             else:
                 x, *kv = self.run_layer(layer, x, *inputs)
-            new = [y[:, :, -tokens.shape[1] :].transpose(1, 2) for y in kv]  # without the past: [B, T, K, hd]
-            present.append(tuple(y[index].transpose(1, 2) for y in new))
+            present.append(tuple(map(of_kept, kv)))
         x = x if last else x[index]
         angles = rotary_angles(positions[index], self.config)
         return [*present, self.run_layer(self.layers[last].keys_values, x, angles, adapter)]
 
-    def embed(
+    def inputs(
         self, tokens: Tensor, offset: Tensor | None, adapter: Adapter
     ) -> tuple[Tensor, Tensor, Mapping]:
         """Embeddings [B, T, D]; positions [B, T]; the LoRA sets that act, with their gates."""

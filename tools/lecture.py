@@ -164,7 +164,7 @@ def attention_to_gists(lesson: Lesson) -> Tensor:
     gists = lesson.hyper.compress(lesson.rows)[lesson.task]
     tokens = ragged(lesson.prompts, device=lesson.task.device)  # [N, T]
     last = int_tensor([len(prompt) - 1 for prompt in lesson.prompts], tokens.device)
-    x, positions, adapter = model.embed(tokens, gists.offset, None)
+    x, positions, adapter = model.inputs(tokens, gists.offset, None)
     angles = rotary_angles(positions, model.config)
     shares = []
     for layer, past in zip(model.layers, gists.past):
