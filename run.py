@@ -294,10 +294,8 @@ def read_args(folder: Path) -> dict:
         for f in fields(args):
             value = getattr(args, f.name)
             kinds = {float: (float, int), Path: (str,)}.get(f.metadata["kind"], (f.metadata["kind"],))
-            if type(value) not in (
-                *kinds,
-                type(f.default),
-            ):  # (None where that is the default; True is no int)
+            # (None where that is the default. True is no int.)
+            if type(value) not in (*kinds, type(f.default)):
                 raise ValueError(f"{f.name} = {value!r}")
             if f.metadata["kind"] is Path and value:
                 setattr(args, f.name, str(PROJECT / value))
