@@ -193,7 +193,10 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
         for key, label in (("label_loss", "label"), ("end_loss", "EOS after it")):
             of_step: dict[int, list[float]] = {}
             for line in below:
-                of_step.setdefault(line["step"], []).append(line[key])
+                if key in line:  # (a target that ends as its layout does has no EOS)
+                    of_step.setdefault(line["step"], []).append(line[key])
+            if not of_step:
+                continue
             means = [statistics.fmean(losses) for losses in of_step.values()]
             part.plot(list(of_step), means, label=label, linewidth=1.2)
         part.set(xlabel="step", ylabel="loss per token", yscale="log")
