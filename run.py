@@ -486,7 +486,8 @@ def open_run(args: Options, folder: Path | None = None) -> Run:
             f"--context {args.context} + --query-length {args.query_length}{' + an answer' * bool(answer)}"
         )
         raise InputError(f"{parts} exceed the {most} positions of {args.model}")
-    if args.gists * compression_of(args).parts + args.query_length + answer > most:
+    prefixes = 1 if args.average else compression_of(args).parts  # that stand side by side
+    if args.gists * prefixes + args.query_length + answer > most:
         raise InputError(f"so many gists and a query exceed the {most} positions of {args.model}")
     if args.method == "fewshot" and args.context <= args.query_length:
         raise InputError(f"--context {args.context} must be longer than --query-length {args.query_length}")
