@@ -238,13 +238,14 @@ class Laid(NamedTuple):
     left: torch.Tensor  # [T] what a query sees of it
 
 
-def lay_out(way: str, episode: Episode) -> Laid:
+def lay_out(way: str, episode: Episode, parts: int = 2) -> Laid:
+    """parts: sets of examples that are read side by side, or in a chain"""
     kind, _, joined = way.partition(" ")
     joined = joined or kind
     gists = [] if kind == "anchors" else GISTS
     start, examples = [BOS, *encode(episode.instruction)], [*map(shot, episode.shots)]
-    parts = [examples[n::2] for n in range(2)] if joined in ("concat", "chain") else [examples]
-    segments = [start + sum(part, []) + gists for part in parts]
+    sets = [examples[n::parts] for n in range(parts)] if joined in ("concat", "chain") else [examples]
+    segments = [start + sum(own, []) + gists for own in sets]
     if way == "among":
         count = max(1, -(-len(examples) // 2))
         segments = []
@@ -255,12 +256,12 @@ def lay_out(way: str, episode: Episode) -> Laid:
     positions = [*range(len(tokens))]
     number = torch.tensor([n for n, segment in enumerate(segments) for _ in segment])
     is_kept = torch.tensor(tokens) >= 50
-    kept = [G] * len(parts)
+    kept = [G] * len(sets)
     if kind == "anchors":  # BOS, the instruction's last token and each example's, in every segment
-        ends = [{1, *accumulate([len(start), *map(len, part)])} for part in parts]
+        ends = [{1, *accumulate([len(start), *map(len, own)])} for own in sets]
         is_kept = torch.tensor([t + 1 in ends[n] for n, own in enumerate(segments) for t in range(len(own))])
         kept = [*map(len, ends)]
-    if joined == "concat":  # what is kept of the second set follows that of the first
+    if joined == "concat":  # what is kept of a set follows that of the sets before
         last = accumulate(kept)
         positions = [p for end, own in zip(last, segments) for p in range(end - len(own), end)]
     if way == "spread":  # when a g-th of the tokens is read
@@ -328,17 +329,22 @@ def gradients(hyper) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in hyper.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("downstream", DOWNSTREAM)
-def test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass(downstream):
+@pytest.mark.parametrize("downstream, kv_heads", [*((name, 2) for name in DOWNSTREAM), (None, 4), (None, 1)])
+def test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass(downstream, kv_heads):
     """Rows of unequal length, four queries each. All prefixes end at the same position."""
-    run, other = run_of(random_hyper(downstream)), random_hyper(downstream)
+    run, other = run_of(random_hyper(downstream, kv_heads)), random_hyper(downstream, kv_heads)
     batches, episodes = recorded_batches(run)
     batch = batches(0, range(5, 8))
     assert len(episodes) == 3 and len(batch.row) == 12
-    assert len({len(shots_row(episode.shots)) for episode in episodes}) == 3
+    read = [len(shots_row(episode.shots)) + G for episode in episodes]
+    assert len(set(read)) == 3
 
     pairs = pairs_by_hand(episodes, after_gists)
     expected = logits_by_hand(lambda rows: joint(other, rows), pairs)
+    assert batch.read == sum(len(row + target) - 1 for row, target in pairs) - 3 * sum(read), "each once"
+    for padded in (batch.tokens, batch.context[0].tokens):
+        assert (padded == 0).any()
+        padded[padded == 0] = 7  # no matter what
     logits, gists = run.hyper(batch)
     torch.testing.assert_close(logits, torch.cat(expected), **CLOSE)
     assert gists.offset.tolist() == [G] * 3 and gists.past[0][0].shape[2] == G
@@ -582,25 +588,15 @@ def pooled_by_hand(hyper, shots: list[Example]):
     return after(hyper, means, G)
 
 
+def laid_by_hand(hyper, way: str, shots: list[Example], parts: int = 2):
+    """A function that reads rows after the examples, and gists or anchors, of one row."""
+    laid = lay_out(way, Episode([], shots), parts)
+    return lambda rows: [after_laid(hyper, laid, row) for row in rows]
+
+
 def anchored_by_hand(hyper, shots: list[Example]):
-    """A function that reads rows which see of the examples BOS and the last token of each, and no other."""
-    context, kept = [BOS], [0]
-    for example in shots:
-        context = context + shot(example)
-        kept.append(len(context) - 1)
-    first, end = len(context), len(kept)
-
-    def read(rows):
-        logits = []
-        for row in rows:
-            T = first + len(row)
-            visible = torch.ones(T, T).tril().bool()
-            visible[first:, :first] = torch.tensor([t in kept for t in range(first)])
-            positions = [*range(end - first, end + len(row))]
-            logits.append(by_hand(hyper, context + row, [None] * T, visible, positions).float()[first:])
-        return logits
-
-    return read
+    """The same where the base has read the examples, and answers."""
+    return laid_by_hand(HyperLlama(hyper.model, hyper.gists, None), "anchors", shots)
 
 
 def columns_by_hand(hyper, episode: Episode, other: Episode) -> dict:
@@ -735,27 +731,17 @@ def test_every_column_writes_what_greedy_decoding_in_one_row_writes(downstream, 
             assert predict(run, columns_of(run)[name], episodes, others) == expected, name
 
 
-def combined_by_hand(hyper, sets: list[list[Example]], way: str):
-    """A function that reads rows after several sets of examples.
-
-    average  each set compressed alone, its gists at positions 0 … G-1
-    concat   each set compressed alone, its gists after those of the set before
-    chain    all sets in one row
-    """
-    rows = [shots_row(shots) + GISTS for shots in sets]
-    if way == "chain":
-        before = sum(rows, [])
-        return lambda rows: joint(hyper, [before + row for row in rows])[:, len(before) :]
-    pasts, ends = [], [G * (n + 1) if way == "concat" else G for n in range(len(rows))]
-    for row, end in zip(rows, ends):
-        start = torch.tensor([end - len(row)])
-        x = hyper.embed(torch.tensor([row]))
-        pasts.append(hyper.model(x, offset=start, adapter=hyper.hyper_adapter)[1])
-    merge = (lambda xs: sum(xs) / len(xs)) if way == "average" else (lambda xs: torch.cat(xs, dim=2))
+def averaged_by_hand(hyper, sets: list[list[Example]]):
+    """A function that reads rows after the mean of sets, each compressed alone to gists at 0 … G-1."""
+    pasts = []
+    for shots in sets:
+        row = shots_row(shots) + GISTS
+        start = torch.tensor([G - len(row)])
+        pasts.append(hyper.model(hyper.embed(torch.tensor([row])), offset=start, adapter="hyper")[1])
     past = []
     for layer in zip(*pasts):
-        past.append(tuple(merge([x[:, :, -G:] for x in xs]) for xs in zip(*layer)))
-    return after(hyper, past, ends[-1])
+        past.append(tuple(torch.stack([x[:, :, -G:] for x in same]).mean(0) for same in zip(*layer)))
+    return after(hyper, past, G)
 
 
 @pytest.mark.parametrize("way", ["average", "concat", "chain"])
@@ -763,7 +749,10 @@ def combined_by_hand(hyper, sets: list[list[Example]], way: str):
 def test_several_sets_of_examples_answer_like_sets_combined_by_hand(downstream, way, scored):
     hyper, rng = attentive_hyper(downstream), random.Random(3)
     run, episode = run_of(hyper, **{way: 3}), Episode(examples_of(rng, 4), examples_of(rng, 7))
-    read = combined_by_hand(hyper, [episode.shots[n::3] for n in range(3)], way)
+    if way == "average":
+        read = averaged_by_hand(hyper, [episode.shots[n::3] for n in range(3)])
+    else:
+        read = laid_by_hand(hyper, way, episode.shots, parts=3)
     answers = predict(run, evaluation.MAIN["hyper"], [episode], [])
     assert_best(answers, choices_by_hand(read, [BOS], episode.queries), scored)
 
