@@ -312,12 +312,8 @@ def test_a_damaged_state_is_one_line_or_has_its_shapes(tmp_path):
     assert fuzz(tmp_path / "state.safetensors", read, bool) > TIMES // 5
 
 
-@pytest.mark.parametrize("change", [
-    {"num_hidden_layers": 10**9}, {"hidden_size": 10**8}, {"vocab_size": 10**12}, {"head_dim": 10**9},
-    {"num_attention_heads": 0}, {"rms_norm_eps": 1e400}, {"intermediate_size": "40"}, {"rope_theta": "1e4"},
-], ids=str)  # fmt: skip
-def test_a_config_that_its_files_cannot_hold_is_refused_at_once(tmp_path, change):
-    folder = write_hf(tmp_path, random_llama(), **change)
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "vocab_size", "head_dim"])
+def test_a_config_that_its_files_cannot_hold_is_refused_at_once(tmp_path, field):
     with pytest.raises(InputError, match="config") as refused:
-        load(folder)
+        load(write_hf(tmp_path, random_llama(), **{field: 10**9}))
     assert "\n" not in str(refused.value)

@@ -419,7 +419,9 @@ def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apar
     for folder, loss in zip(runs, (1.0, 3.0)):
         line = {"step": 3, "loss": 9.0, "label_loss": loss, "end_loss": 5.0}
         with open(folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n" + json.dumps({"step": 4, "loss": 9.0, "label_loss": loss}) + "\n")
+            log.write(
+                json.dumps(line) + "\n" + json.dumps({"step": 4, "loss": 9.0, "label_loss": loss}) + "\n"
+            )
     plot(runs, tmp_path / "c.png")
     below = {line.get_label(): line.get_ydata() for line in figures[1].axes[1].lines}
     assert {label: list(ys) for label, ys in below.items()} == {"label": [2.0, 2.0], "EOS after it": [5.0]}
