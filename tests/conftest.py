@@ -171,15 +171,8 @@ FEW_TASKS = part_of("p3", 4, 2)  # the two held-out tasks are of different datas
 ONE_HELD_OUT = part_of("p3", 4, 1)
 SCORED = "--limit 2 --sets 1 --no-controls"  # how short runs are evaluated
 SHORT = ["--data", FEW_TASKS, *f"--batch-size 2 --shots 4 --gists 4 --lr 0.01 --measure 0 {SCORED}".split()]
-MAINS = {
-    "train": training.main,
-    "eval": evaluation.main,
-    "answer": answer.main,
-    "cost": cost.main,
-    "report": report.main,
-    "export": export.main,
-    "probe": probe.main,
-}
+PROGRAMS = (training, evaluation, answer, cost, report, export, probe)
+MAINS = {program.__name__.split(".")[-1]: program.main for program in PROGRAMS}
 
 
 def run(*argv, program="train", status=0):

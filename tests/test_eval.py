@@ -112,7 +112,7 @@ def test_results_have_their_fields_and_the_table_its_columns(capsys):
     assert "no prefix" not in table and no_prefix == results["baselines"]["zeroshot"], "shown once"
 
 
-def test_the_base_of_a_model_is_what_hyperpretraining_began_with():
+def test_the_base_of_a_model_is_what_hyperpretraining_began_with(tmp_path):
     run = tiny_run()
     base = load(ROOT / "tiny" / "llama")
     assert run.base.hyper.model.checksum == base.checksum != run.hyper.model.checksum
@@ -121,6 +121,9 @@ def test_the_base_of_a_model_is_what_hyperpretraining_began_with():
     untouched = tiny_run("--model", ROOT / "tiny" / "llama")
     assert untouched.base_folder is None
     assert not any(column.base for column in evaluation.columns(untouched, few_tasks()).values())
+    theirs = Path(shutil.copytree(ROOT / "tiny" / "llama", tmp_path / "model"))
+    (theirs / "args.json").write_text('{"learning_rate": 1}')
+    assert tiny_run("--model", theirs).base_folder is None, "another program's args.json"
 
 
 def test_another_task_is_one_of_another_dataset():
@@ -131,9 +134,7 @@ def test_another_task_is_one_of_another_dataset():
 
 # -------------------------------------------------------------------------- equal work, scored once
 
-NO_EXAMPLES = {"zeroshot", "no_prefix"}  # columns
 BEYOND = {"label_anchors", "base_fewshot", "base_label_anchors"}
-EXAMPLES = {"main", "fewshot", "other_task", "mean_pooled", "fewer_shots"} | BEYOND
 TITLES_BEYOND = {"label anchors", "base, {shots}-shot", "base, label anchors"}
 
 
@@ -170,11 +171,6 @@ def test_only_what_draws_or_training_change_is_scored_anew(monkeypatch, kind):
     once = ["0-shot", "no prefix"] if kind in ("lora", "shared") else ["0-shot"]
     first = Counter(scored)
     assert first == dict.fromkeys(once, 2) | dict.fromkeys(twice, 4), "two tasks, two draws"
-    keys = held_out.digests
-    for t in range(2):
-        assert all(keys[name, t, 0] == keys[name, t, 1] for name in NO_EXAMPLES)
-        assert all(keys[name, t, 0] != keys[name, t, 1] for name in EXAMPLES)
-    assert len(set(keys.values())) == len(held_out.scores) == len(scored)
     scored.clear()
     assert evaluation.evaluate(run, held_out)[0] | {"seconds": 0} == results | {"seconds": 0}
     assert not scored, "no step, no work"
@@ -185,15 +181,6 @@ def test_only_what_draws_or_training_change_is_scored_anew(monkeypatch, kind):
     later, _ = evaluation.evaluate(run, held_out)
     assert set(scored) == (MOVING[kind] or set(first))
     assert later["baselines"] == results["baselines"] or kind == "all is trained"
-    fresh, _ = evaluation.evaluate(run, draw(run, few_tasks()))
-    assert fresh | {"seconds": 0} == later | {"seconds": 0}, "as if nothing had been known"
-
-
-def test_a_measure_along_the_way_is_what_the_results_will_hold():
-    run = tiny_run(*FEW)
-    held_out = draw(run, few_tasks())
-    assert evaluation.measure(run, held_out, 0)["before"] == evaluation.evaluate(run, held_out)[0]["average"]
-    assert "before" not in evaluation.measure(run, held_out, 1)
 
 
 ALL_TITLES = {"gists", "0-shot", "{shots}-shot", "other task", "mean-pooled", "fewer shots"} | TITLES_BEYOND
@@ -236,7 +223,7 @@ def test_each_symbol_query_has_its_own_prefix(capsys):
     tasks = symbol_tasks(ROOT / "tiny" / "symbol", "test", words)[:2]
     run = tiny_run("--limit", 7, task="symbol")
     table = evaluation.columns(run, tasks)
-    assert table.keys() == NO_EXAMPLES | EXAMPLES
+    assert table.keys() == {"main", *evaluation.BASELINES, *evaluation.CONTROLS}
     for column in table.values():
         values = []
         for size in (8192, 300, 1):
@@ -335,14 +322,24 @@ def save_args(folder, **changes):
     return folder
 
 
-def test_results_on_other_data_than_the_runs_have_a_folder_of_their_own(tmp_path):
-    folder = save_args(tmp_path / "run")
-    here, other = ROOT / "tiny" / "P3", tmp_path / "mine"
+def test_results_of_other_data_or_more_sets_have_folders_of_their_own_beside_the_runs(tmp_path):
+    """And none stands in the way of another."""
+    folder, other = save_args(tmp_path / "run"), tmp_path / "mine"
     other.mkdir()
-    assert parse([str(folder), "--data", str(here)])[2] == folder, "the same data"
-    args, _, out = parse([str(folder), "--data", str(other)])
-    assert out == folder / "data-mine" and args.data == str(other)
-    assert parse([str(folder), "--data", str(other), "--out", "x"])[2].name == "x"
+    average, data = ["--average", "2"], ["--data", str(other)]
+    for options, name in (
+        (average + data, "average-2-data-mine"),
+        (average, "average-2"),
+        (data, "data-mine"),
+    ):
+        args, _, out = parse([str(folder), *options])
+        assert out == folder / name
+        take_folder(out, folder)
+        (out / "results.json").write_text("{}")
+        release_folders()
+    assert args.data == str(other)
+    assert parse([str(folder), *data, "--out", "x"])[2].name == "x"
+    assert parse([str(folder), "--data", str(ROOT / "tiny" / "P3")])[2] == folder, "the same data"
 
 
 def test_a_way_to_combine_sets_that_is_named_replaces_the_runs_own(tmp_path):
@@ -353,67 +350,57 @@ def test_a_way_to_combine_sets_that_is_named_replaces_the_runs_own(tmp_path):
     assert (args.chain, args.concat) == (None, 4)
 
 
-def test_results_replace_nothing_but_results(tmp_path):
+@pytest.fixture
+def released():
+    """Whatever folders a test has taken."""
+    yield
+    release_folders()
+
+
+def test_results_replace_nothing_but_results(tmp_path, released):
     folder = save_args(tmp_path / "run")
     another = save_args(tmp_path / "another")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "results.json").write_text("mine")
-    try:
-        take_folder(folder, folder)
-        for out, message in (
-            (another, "holds another run"),
-            (tmp_path / "mine", "no run wrote"),
-            (another / "args.json", "a file"),
-        ):
-            release_folders()
-            with pytest.raises(InputError, match=message):
-                take_folder(out, folder)
-        for _ in range(2):  # an earlier evaluation may be replaced
-            release_folders()
-            take_folder(tmp_path / "new", folder)
-            (tmp_path / "new" / "results.json").write_text("{}")
-        with pytest.raises(InputError, match="another command is writing here"):
-            take_folder(tmp_path / "new", None)
-    finally:
+    take_folder(folder, folder)
+    for out, message in (
+        (another, "holds another run"),
+        (tmp_path / "mine", "no run wrote"),
+        (another / "args.json", "a file"),
+    ):
         release_folders()
+        with pytest.raises(InputError, match=message):
+            take_folder(out, folder)
+    for _ in range(2):  # an earlier evaluation may be replaced
+        release_folders()
+        take_folder(tmp_path / "new", folder)
+        (tmp_path / "new" / "results.json").write_text("{}")
+    with pytest.raises(InputError, match="another command is writing here"):
+        take_folder(tmp_path / "new", None)
     assert (tmp_path / "mine" / "results.json").read_text() == "mine" and (folder / "args.json").exists()
 
 
-@pytest.mark.parametrize("name", [
-    "scores-0.jsonl", *(f"{name}.safetensors" for name in ("adapters", "model")),
+@pytest.mark.parametrize("name, content", [
+    *((f"{name}.safetensors", "hours") for name in ("adapters", "model")), ("scores-0.jsonl", "minutes"),
+    ("log.jsonl", ""),  # of a run that was killed before its first step
 ])  # fmt: skip
-def test_an_evaluation_that_fails_removes_nothing_that_was_made_before(tmp_path, name):
+def test_an_evaluation_that_fails_removes_nothing_that_was_made_before(tmp_path, name, content):
     """A run of which only the trained tensors were kept; scores of an evaluation that was stopped."""
     folder = save_args(tmp_path / "run")
     (folder / MARK).touch()
-    (folder / name).write_text("hours of work")
+    (folder / name).write_text(content)
     take_folder(folder, folder)
     release_folders()
-    assert (folder / name).read_text() == "hours of work" and (folder / "args.json").exists()
+    assert (folder / name).read_text() == content and (folder / "args.json").exists()
 
 
-def test_an_evaluation_leaves_a_run_that_has_logged_nothing_and_lets_others_read_it(tmp_path):
-    folder = save_args(tmp_path / "run")
-    (folder / MARK).touch()
-    (folder / "log.jsonl").touch()
-    take_folder(folder, folder)
-    release_folders()
-    assert (folder / "args.json").exists(), "a run that was killed before its first step"
-    take_folder(tmp_path / "one", folder)
-    reader = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as a second evaluation with another --out would
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(reader, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as training would
-    finally:
-        os.close(reader)
-        release_folders()
-
-
-def test_the_base_of_a_model_that_another_program_trained_is_unknown(tmp_path):
-    shutil.copytree(ROOT / "tiny" / "llama", tmp_path / "model")
-    (tmp_path / "model" / "args.json").write_text('{"learning_rate": 1}')
-    assert tiny_run("--model", tmp_path / "model").base_folder is None
+def test_a_run_that_is_evaluated_may_be_read_by_others_and_not_written(tmp_path, released):
+    take_folder(tmp_path / "one", save_args(tmp_path / "run"))
+    reader = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as a second evaluation with another --out would
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(reader, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as training would
+    os.close(reader)
 
 
 def test_an_answer_ends_where_its_layout_says_whatever_the_tokens_are(monkeypatch):
@@ -422,21 +409,6 @@ def test_an_answer_ends_where_its_layout_says_whatever_the_tokens_are(monkeypatc
     written = run.formatter.tokenizer.encode("kilo.\nInput:\nfox")
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: [written])
     assert evaluation.write_answers(run, Episode([], []), [[1]], nothing(), None) == ["kilo."]
-
-
-def test_one_result_beside_a_run_does_not_stand_in_the_way_of_another(tmp_path):
-    folder = save_args(tmp_path / "run")
-    other = tmp_path / "mine"
-    other.mkdir()
-    try:
-        average, data = ["--average", "2"], ["--data", str(other)]
-        for options in (average + data, average, data):
-            _, _, out = parse([str(folder), *options])
-            take_folder(out, folder)
-            (out / "results.json").write_text("{}")
-            release_folders()
-    finally:
-        release_folders()
 
 
 # ----------------------------------------------------------------------------------- default folders
@@ -470,11 +442,11 @@ def test_a_default_folder_says_every_option_that_changes_what_is_trained(tmp_pat
     varied = set()
     for base in BASES:
         usual = resolve_args(base)
-        for name in names_of("model", "sets") - {"task", "run"}:
+        for name in names_of("model", "parts") - {"task", "run"}:
             folders = default_folders(base, name, tmp_path) | {getattr(usual, name): default_folder(usual)}
             assert len(set(folders.values())) == len(folders), (base, name)
             varied |= {name} if len(folders) > 1 else set()
-    assert varied == names_of("model", "sets") - {"task", "run"}, "each goes with some task"
+    assert varied == names_of("model", "parts") - {"task", "run"}, "each goes with some task"
     assert len({default_folder(resolve_args(base)) for base in BASES}) == len(BASES)
 
 
@@ -497,12 +469,9 @@ def test_a_default_folder_names_the_model_and_the_data(tmp_path):
     assert default_folder(replace(usual, device="cpu")) == default_folder(usual)
 
 
-def test_prefix_tuning_has_a_default_folder_for_each_start(tmp_path, hypernetwork):
-    other = tmp_path / "other"
-    shutil.copytree(hypernetwork, other)
-    inits = "random shared reparam propagate text anchors pooled".split()
-    starts = [["--init", init] for init in inits]
-    starts += [["--run", str(folder), "--gists", "4"] for folder in (hypernetwork, other)]
-    folders = [training.parse(["--task", "prefix", *start])[1] for start in starts]
-    assert len(set(folders)) == len(starts) and str(folders[0]) == "runs/prefix-random-seed0"
-    assert folders[-1].name == "prefix-hyper-gists-4-run-other-seed0"
+def test_a_default_folder_of_prefix_tuning_names_the_run_that_it_starts_from(tmp_path, hypernetwork):
+    other = shutil.copytree(hypernetwork, tmp_path / "other")
+    for run in (hypernetwork, other):
+        start = ["--task", "prefix", "--run", str(run), "--gists", "4"]
+        assert training.parse(start)[1].name == f"prefix-hyper-gists-4-run-{run.name}-seed0"
+    assert default_folder(resolve_args(BASES[-1])) == "runs/prefix-random-seed0"

@@ -12,7 +12,7 @@ from conftest import ROOT, random_hyper, random_llama, write_hf, write_meta
 import train as training
 from data import Formatter, Sample, collate
 from gist import Rows, with_gists
-from llama import InputError, Llama, Tokenizer, load, read_config
+from llama import InputError, Llama, Tokenizer, load
 from lora import assign, load_tensors, save_tensors
 from run import Run, portable, read_args, resolve_args, trainable
 from tasks.hyperpretrain import TextBatches
@@ -74,20 +74,15 @@ def fuzz(path: Path, read: Callable, same: Callable | None = None) -> int:
     return refused
 
 
-def all_rows(reader, path):
-    rows = reader(path)
-    return [rows[i] for i in range(len(rows))]
-
-
 def test_a_damaged_tfrecord_is_refused_or_loads_its_rows(tmp_path):
     path = tmp_path / "train.tfrecord-00000-of-00001"
     write_tfrecord(path, ROWS)
-    original = all_rows(TFRecords, path)
+    original = list(TFRecords(path))
 
     def same(rows):  # whole records may be missing or change places: their checksums hold
         return all(row in original for row in rows)
 
-    assert fuzz(path, lambda: all_rows(TFRecords, path), same) > TIMES // 2
+    assert fuzz(path, lambda: list(TFRecords(path)), same) > TIMES // 2
 
 
 def test_a_damaged_jsonl_is_one_line(tmp_path):
@@ -113,8 +108,7 @@ def test_a_damaged_parquet_is_one_line(tmp_path):
 
     def read():
         row_group.cache_clear()  # it holds what the file was before
-        rows = Split(tmp_path, "train")
-        return [rows[i] for i in range(len(rows))]
+        return list(Split(tmp_path, "train"))
 
     assert fuzz(path, read) > TIMES // 3
 
@@ -207,13 +201,6 @@ def test_blank_lines_are_no_documents_however_many_there_are(tmp_path, before, b
     assert words_of(batches, test=False) == {"dog"} and words_of(batches, test=True) == {"cat"}
 
 
-@pytest.mark.parametrize("content", ["", "\n", " \n\r\n"])
-def test_a_file_without_text_is_refused(tmp_path, content):
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(InputError, match="a.jsonl: is empty"):
-        text_batches(tmp_path)
-
-
 # ------------------------------------------------------------------------- models and what is trained
 
 
@@ -233,16 +220,9 @@ def test_damaged_meta_weights_are_one_line(tmp_path):
 
 
 def test_a_damaged_config_is_one_line(tmp_path):
+    """Where it can be read, the weights must fit."""
     folder = write_hf(tmp_path / "hf", random_llama())
-    fuzz(folder / "config.json", lambda: read_config(folder))
-    for seed in range(20):  # of those that can be read, the weights must fit
-        whole = (folder / "config.json").read_bytes()
-        (folder / "config.json").write_bytes(damaged(whole, 6 * seed))
-        try:
-            load(folder)
-        except InputError as problem:
-            assert "\n" not in str(problem)
-        (folder / "config.json").write_bytes(whole)
+    assert fuzz(folder / "config.json", lambda: load(folder)) > TIMES // 2
 
 
 def test_a_damaged_tokenizer_is_one_line(tmp_path):
@@ -285,9 +265,8 @@ def test_damaged_arguments_are_one_line_or_values_of_their_types(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"gists": 1.5}, {"gists": "16"}, {"gists": True}, {"gists": None}, {"seed": [1]}, {"lr": "fast"},
-    {"downstream": False}, {"downstream": {}}, {"rank": False}, {"quantize": None}, {"quantize": 1},
-    {"task": None}, {"task": "nothing"}, {"task": 3}, {"unheard": 1}, {"model": 3}, {"controls": "yes"},
+    {"gists": 1.5}, {"gists": True}, {"gists": None}, {"seed": [1]}, {"lr": "fast"}, {"downstream": {}},
+    {"quantize": 1}, {"task": None}, {"task": "nothing"}, {"unheard": 1}, {"model": 3}, {"model": None},
 ], ids=str)  # fmt: skip
 def test_arguments_edited_by_hand_keep_their_names_and_types(tmp_path, change):
     args = training.parse(["--task", "p3"])[0]

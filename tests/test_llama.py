@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, hf_tensors, random_llama, write_hf, write_meta
 from safetensors.torch import save_file
 
-from llama import InputError, Llama, Tokenizer, generate, int_tensor, load, ragged, read_config
+from llama import InputError, Llama, Tokenizer, generate, int_tensor, load, read_config
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -37,15 +37,6 @@ def test_a_past_without_offset_is_refused():
         model(x, past=past)
     with pytest.raises(ValueError, match="offset"):
         generate(model, x.tolist(), 3, eos=2, past=past)
-
-
-def test_padding_never_reaches_real_tokens():
-    model = random_llama()
-    rows = [tokens(1, n, seed=n)[0].tolist() for n in (3, 8, 5)]
-    for fill in (0, 7):
-        logits, _ = model(ragged(rows, fill))
-        for row, out in zip(rows, logits):
-            torch.testing.assert_close(out[: len(row)], model(torch.tensor([row]))[0][0], **TOLERANCE)
 
 
 # --------------------------------------------------------------------------------------- generation

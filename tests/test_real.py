@@ -12,39 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, SCORED, SHORT, config, hf_config, hf_tensors
-from conftest import random_hyper, random_llama, refusal, run, train
+from conftest import REAL_DATA, ROOT, SCORED, SHORT, needs_real_data, random_llama, refusal, run, train
+from conftest import write_hf
 from safetensors.torch import load_file, save_file
 
-from data import Episode, Example
-from eval import compress, gist_context
-from gist import HyperLlama, Rows, with_gists
 from llama import InputError, Llama, RopeScaling, Tokenizer, generate, load
-from lora import NF4Linear, add_lora
-from run import all_options, open_run, read_args
-from tools import export
+from lora import NF4Linear
 
 REAL = Path(os.environ.get("HYPERLLAMA_REAL", "/nowhere"))
 needs_real_model = pytest.mark.skipif(not REAL.is_dir(), reason="HYPERLLAMA_REAL names no folder of a model")
 SCALING = RopeScaling(32.0, 1.0, 4.0, 64)
 
 
-def scaled_and_tied() -> Llama:
-    """A random model of Llama-3.2's kind."""
-    plain = random_llama()
-    model = Llama(replace(config(), tied=True, rope_scaling=SCALING))
-    weights = {name: p for name, p in plain.named_parameters() if name != "lm_head.weight"}
-    model.load_state_dict(weights | {"lm_head.weight": weights["embed_tokens.weight"]})
-    return model.requires_grad_(False)
-
-
 def write_32(folder: Path, **changes) -> Path:
-    model = scaled_and_tied()
-    folder.mkdir()
+    """A random model of Llama-3.2's kind."""
     scaling = {"rope_type": "llama3"} | SCALING._asdict()
-    written = hf_config(model.config, tie_word_embeddings=True, rope_scaling=scaling) | changes
-    (folder / "config.json").write_text(json.dumps(written))
-    save_file(hf_tensors(model), folder / "model.safetensors")
+    write_hf(folder, random_llama(), tie_word_embeddings=True, rope_scaling=scaling, **changes)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 
@@ -78,18 +64,6 @@ def test_logits_with_scaled_frequencies_and_tied_embeddings_equal_those_of_trans
         plain = Llama(replace(ours.config, rope_scaling=None))
         plain.load_state_dict(ours.state_dict())
         assert (plain(tokens)[0] - ours(tokens)[0]).abs().max() > 0.1, "scaling matters here"
-
-
-def test_two_passes_equal_the_joint_pass_with_scaled_frequencies():
-    """Frequencies change, and scores still depend on differences of positions alone."""
-    hyper = random_hyper("downstream")
-    hyper.model.config = replace(hyper.model.config, rope_scaling=SCALING)
-    examples = [1, *range(5, 40)]
-    query = [1, 30, 31, 32]
-    row = torch.tensor([examples + hyper.gist_ids + query])
-    gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
-    two, _ = hyper.model(torch.tensor([query]), **gists.as_past(4, "downstream"))
-    torch.testing.assert_close(two[0], hyper.joint(row)[0, -4:], atol=1e-5, rtol=1e-5)
 
 
 def test_tied_embeddings_are_one_parameter_loaded_with_or_without_a_copy(tmp_path):
@@ -133,6 +107,7 @@ def test_a_tied_model_is_hyperpretrained_saved_and_used(tmp_path, json_tokenizer
     for name, more in (("gists", ""), ("anchors", "--anchors"), ("nf4", "--quantize")):
         run("--task p3", SHORT, lengths, "--steps 1 --model", out, more, "--out", tmp_path / name)
         run(tmp_path / name, SCORED, program="eval")
+        assert ("gists" in load_file(tmp_path / name / "adapters.safetensors")) == (name != "anchors")
 
 
 # ------------------------------------------------------------------------------------------ tokenizer.json
@@ -179,28 +154,6 @@ def test_without_the_package_a_tokenizer_json_is_refused_in_a_line(json_tokenize
         Tokenizer(json_tokenizer)
 
 
-# ---------------------------------------------------------------------------------------------- anchors
-
-
-def test_anchors_are_bos_and_the_last_token_of_each_answer(tmp_path):
-    """Their keys and values in one pass over all examples; and no gist is trained."""
-    out = tmp_path / "run"
-    train(out, "--steps 1 --anchors --downstream lora")
-    names = set(load_file(out / "adapters.safetensors"))
-    assert "gists" not in names and any(".lora.hyper." in name for name in names)
-    opened = open_run(all_options()(**read_args(out)), out)
-    episode = Episode([], [Example("a fox", "kilo"), Example("an owl", "east west")])
-    (context,) = gist_context(opened, episode, 0)
-    texts = ["\nInput:\na fox\nOutput:\nkilo", "\nInput:\nan owl\nOutput:\neast west"]
-    lengths = [len(opened.formatter.tokenizer.encode(text)) for text in texts]
-    assert context.kept == [0, lengths[0], sum(lengths)] and context.positions[-1] == 2
-    prefix, tokens = compress(opened, [[context]], None), torch.tensor([context.tokens])
-    assert prefix.offset.tolist() == [3] and prefix.past[0][0].shape[2] == 3
-    whole = opened.hyper.model(tokens, offset=torch.tensor([context.positions[0]]), adapter="hyper")[1]
-    expected = [tuple(x[:, :, context.kept] for x in layer) for layer in whole]
-    torch.testing.assert_close(list(prefix.past), expected, atol=1e-5, rtol=1e-5)
-
-
 # ---------------------------------------------------------------------------------------- a real model
 
 
@@ -209,17 +162,13 @@ def real():
     return load(REAL), Tokenizer(REAL)
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
-
-
 TEXT = "The capital of France is Paris, and the capital of Italy is"
 
 
 @needs_real_model
-def test_a_real_model_has_the_logits_and_the_text_of_transformers(real, theirs):
+def test_a_real_model_has_the_logits_and_the_text_of_transformers(real):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
     model, tokenizer = real
     ids = [tokenizer.bos, *tokenizer.encode(TEXT)]
     with torch.no_grad():
@@ -249,7 +198,7 @@ def test_nf4_of_a_real_model_is_that_of_bitsandbytes_in_transformers(real):
 
 
 @needs_real_model
-@pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data files are not here")
+@needs_real_data
 def test_a_real_tokenizer_has_the_tokens_of_transformers(real):
     transformers = pytest.importorskip("transformers")
     _, tokenizer = real
@@ -263,65 +212,14 @@ def test_a_real_tokenizer_has_the_tokens_of_transformers(real):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@needs_real_model
-def test_two_passes_equal_the_joint_pass_in_a_real_model(real):
-    tokenizer, model, generator = real[1], load(REAL), torch.Generator().manual_seed(0)
-    add_lora(model, "hyper", 4, 8, generator, keys_values_only=True)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".B"):
-            parameter.data.normal_(0, 0.02, generator=generator)
-    words = model.embed_tokens.weight[torch.randperm(49152, generator=generator)[:16]]
-    hyper = HyperLlama(model, words)
-    examples = [tokenizer.bos, *tokenizer.encode("\nInput:\nhot\nOutput:\ncold\nInput:\nup\nOutput:\ndown")]
-    query = [tokenizer.bos, *tokenizer.encode("\nInput:\nbig\nOutput:\n")]
-    with torch.no_grad():
-        gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
-        two, _ = model(torch.tensor([query]), **gists.as_past(len(query)))
-        joint = hyper.joint(torch.tensor([examples + hyper.gist_ids + query]))[:, -len(query) :]
-    torch.testing.assert_close(two, joint, atol=2e-3, rtol=1e-4)
-
-
-@needs_real_model
-def test_a_prefix_of_a_real_model_answers_in_transformers(real, theirs, tmp_path):
-    """The README's generate snippet."""
-    from transformers import DynamicCache
-
-    model, tokenizer = real
-    words = model.embed_tokens.weight[:16]
-    hyper = HyperLlama(model, words, None)
-    examples = [tokenizer.bos, *tokenizer.encode("\nInput:\nhot\nOutput:\ncold")]
-    with torch.no_grad():
-        gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
-    export.save_gists(tmp_path / "g.safetensors", gists, {})
-    saved = load_file(tmp_path / "g.safetensors")
-    cache = DynamicCache()
-    for i in range(model.config.layers):
-        cache.update(saved[f"{i}.key"], saved[f"{i}.value"], i)
-    prompt = [tokenizer.bos, *tokenizer.encode("\nInput:\nbig\nOutput:\n")]
-    ids = torch.tensor([[0] * 16 + prompt])
-    out = theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=8, do_sample=False
-    )
-    new = out[0, ids.shape[1] :].tolist()
-    ours = generate(model, [prompt], 8, tokenizer.eos, **gists.as_past(len(prompt)))[0]
-    assert ours == [t for t in new if t != tokenizer.eos]
-
-
 # ------------------------------------------------------------------------------------ a prefix in peft
-
-
-def logits_in_peft(base: Path, prefix: Path, ids: torch.Tensor) -> torch.Tensor:
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(peft, "CartridgeConfig"):
-        pytest.skip("this peft has no CARTRIDGE")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with torch.no_grad():
-        return peft.PeftModel.from_pretrained(model, prefix)(input_ids=ids).logits
 
 
 @pytest.mark.parametrize("variant", ["", "--anchors"], ids=["gists", "anchors"])
 def test_a_saved_prefix_opens_in_peft_with_our_logits(tmp_path, variant):
+    peft, transformers = map(pytest.importorskip, ("peft", "transformers"))
+    if not hasattr(peft, "CartridgeConfig"):
+        pytest.skip("this peft has no CARTRIDGE")
     out, saved, base = tmp_path / "run", tmp_path / "my.safetensors", ROOT / "tiny" / "llama-c"
     train(out, "--steps 2", variant)
     run(out, "--examples", ROOT / "tiny" / "my.jsonl", "--save", saved, program="answer")
@@ -330,9 +228,10 @@ def test_a_saved_prefix_opens_in_peft_with_our_logits(tmp_path, variant):
     ids = torch.tensor([[1, *Tokenizer(base).encode("\nInput:\nThe fox is old.\nOutput:\n")]])
     tensors = load_file(saved)
     past = [(tensors[f"{i}.key"], tensors[f"{i}.value"]) for i in range(len(tensors) // 2)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         ours, _ = load(base)(ids, past=past, offset=tensors["offset"])
-    theirs = logits_in_peft(base, tmp_path / "cartridge", ids)
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path / "cartridge")(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs[:, -ids.shape[1] :], atol=1e-4, rtol=1e-4)
     (tmp_path / "cartridge" / "thesis.txt").write_text("precious")
     assert "isn't replaced" in refusal(*to_peft, program="export")

@@ -38,8 +38,7 @@ ROWS = [
 
 
 def all_of(folder, split="train"):
-    rows = Split(folder, split)
-    return [rows[i] for i in range(len(rows))]
+    return list(Split(folder, split))
 
 
 # ------------------------------------------------------------------------------------ rows of files

@@ -91,7 +91,7 @@ def test_a_run_that_measures_also_says_where_it_began(tmp_path):
     scores = [line for line in log_of(measured) if "score" in line]
     assert [line["step"] for line in scores] == [0, 2]
     first, last, after = scores[0], scores[-1], results(measured)
-    assert first["before"] == after["before"]
+    assert first["before"] == after["before"] and "before" not in last
     assert f"before {after['before']:.1f} → after {after['average']:.1f}" in said
     assert last["score"] == pytest.approx(after["average"], abs=0.01)
     assert last["controls"] == pytest.approx(after["controls"], abs=0.01)
@@ -453,15 +453,12 @@ BAD = [
     ("--gists 0", "positive"),
     ("--lr nan", "--lr"),
     ("--lr 0", "--lr"),
-    ("--gist-lr -1", "--gist-lr"),
     ("--alpha inf", "--alpha"),
     ("--seed -1", "--seed"),
     ("--rank 10000000000", "--rank"),
     ("--device meta", "--device meta"),
     ("--device gpu", "--device"),
-    ("--gists 5000 --context 9000", "positions"),
     ("--gists 600 --context 600", "no room"),
-    ("--measure -1", "--measure"),
     ("--resume", "not the folder of a run"),
     ("--resume --overwrite", "exclude"),
     (["--out", ""], "--out: an empty name"),
@@ -471,7 +468,6 @@ BAD = [
     ("--lm 0.5", "belongs to --task hyperpretrain"),
     ("--init random", "belongs to --task prefix"),
     ("--average 2 --concat 2", "exclude"),
-    ("--chain 2 --concat 2", "exclude"),
     ("--gists-every 4 --gists-spread", "exclude"),
     ("--gists-every 17", "only 16 --shots"),
     ("--emit lora --gists 3", "even number of gists"),
@@ -493,8 +489,6 @@ BAD = [
     ("--task hyperpretrain --quantize", "--quantize has no meaning"),
     ("--task hyperpretrain --downstream lora", "--downstream has no meaning"),
     ("--task hyperpretrain --chain 2", "belongs to a hypernetwork that is trained on tasks"),
-    ("--task symbol --concat 2", "one set of examples"),
-    ("--anchors --average 2", "exclude"),
     ("--model NOTHING", "no such folder"),
     ("--model EMPTY", "not a Llama checkpoint"),
     ("--model SMALL", "tokenizer.model"),
@@ -653,16 +647,9 @@ def changed_base(folder, name: str, change) -> Path:
 
 def test_a_model_with_other_weights_in_any_layer_is_refused(tmp_path, hypernetwork):
     name = "model.layers.2.mlp.up_proj.weight"
-    weights = changed_base(tmp_path / "weights", name, lambda tensor: tensor.mul_(2))
-    words = tmp_path / "words"
-    shutil.copytree(ROOT / "tiny" / "llama-c", words)
-    tokenizer = (words / "tokenizer.model").read_bytes()
-    kilo, jade, between = "▁kilo".encode(), "▁jade".encode(), b"\0" * 7
-    tokenizer = tokenizer.replace(kilo, between).replace(jade, kilo).replace(between, jade)
-    (words / "tokenizer.model").write_bytes(tokenizer)
-    for folder in (weights, words):
-        asked = [hypernetwork, "--limit 1 --model", folder, "--out", tmp_path / "e"]
-        assert "was trained on another model" in refusal(*asked, program="eval")
+    other = changed_base(tmp_path / "other", name, lambda tensor: tensor.mul_(2))
+    asked = [hypernetwork, "--limit 1 --model", other, "--out", tmp_path / "e"]
+    assert "was trained on another model" in refusal(*asked, program="eval")
 
 
 @pytest.mark.parametrize("task", ["p3", "sni"])
