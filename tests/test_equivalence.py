@@ -28,7 +28,7 @@ import eval as evaluation
 import train as training
 from data import PLAIN, Episode, EpisodeBatches, Example, Formatter
 from gist import HyperLlama, gist_mask
-from llama import load, ragged
+from llama import InputError, load, ragged
 from lora import NF4Linear
 from run import Options, Run, compression_of
 from tasks import find
@@ -523,7 +523,7 @@ def after_laid(hyper, laid: Laid, query: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_make_a_prefix_has_the_logits_and_the_gradients_of_one_row(way):
-    """Rows of unequal length, one with an instruction; gists end at the same position, anchors where they may."""
+    """Rows of unequal length, one with an instruction; gists end at the same position, anchors may not."""
     run, other = run_of(random_hyper("downstream"), **WAYS[way]), random_hyper("downstream")
     batches, episodes = recorded_batches(run, instructed=True)
     batch = batches(0, range(5, 8))
@@ -825,10 +825,12 @@ def test_no_held_out_task_of_the_miniature_is_trained_on(tokenizer, task):
 
 
 def test_held_out_datasets_are_told_by_name_where_no_lists_say_which(tmp_path):
+    """Story Cloze is neither; scores of another task's answers are no task."""
     names = (ROOT / "tiny" / "P3" / "splits" / "test_tasks.txt").read_text().split()
     folders = ["anli_r1", "super_glue_cb_a", "winogrande_b", "rotten_c", "glue_d"]
-    for folder, name in zip(folders, names):
-        (tmp_path / folder).symlink_to(ROOT / "tiny" / "P3" / name)
+    (tmp_path / "data").mkdir()
+    for folder, name in zip([*folders, "glue_d_score_eval", "story_cloze_2016_x"], names):
+        (tmp_path / "data" / folder).symlink_to(ROOT / "tiny" / "P3" / name)
     assert {task.name for task in p3_tasks(tmp_path, "test")} == {*folders[:3]}
     assert {task.name for task in p3_tasks(tmp_path, "train")} == {*folders[3:]}
 
@@ -844,3 +846,7 @@ def test_no_query_is_among_its_own_examples(tmp_path):
     for episode in episodes:
         assert episode.queries and episode.shots
         assert not {query.input for query in episode.queries} & {shot.input for shot in episode.shots}
+    with pytest.raises(InputError, match="only 15 training rows aren't questions, for 16 --shots"):
+        task.evaluation(0, 0, 16, None)
+    (episode,) = task.evaluation(0, 0, 15, None)
+    assert len(episode.queries) == 4 and len(episode.shots) == 15

@@ -128,20 +128,16 @@ def test_nf4_equals_dequantize_and_matmul(dtype):
     assert linear.weight.numel() == weight.numel() // 2, "two numbers to a byte"
     assert linear.state.nested, "double quantization"
     plain = functional.dequantize_4bit(linear.weight, linear.state).to(dtype)
-    assert 0.02 < (plain.float() - weight).norm() / weight.norm() < 0.12
     tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.05}
     for training in (True, False, True):
         linear.train(training)
         x = torch.randn(3, 5, 128, generator=generator).to(dtype).requires_grad_()
-        y = linear(x, {})
-        y.float().square().sum().backward()
-        x2 = x.detach().clone().requires_grad_()
-        y2 = F.linear(x2, plain)
-        y2.float().square().sum().backward()
-        torch.testing.assert_close(y, y2, **tolerance)
-        torch.testing.assert_close(x.grad, x2.grad, atol=1e-2 if dtype == torch.float32 else 30.0, rtol=0.05)
+        ours, theirs = linear(x, {}), F.linear(x, plain)
+        torch.testing.assert_close(ours, theirs, **tolerance)
+        gradients = (torch.autograd.grad(y.float().square().sum(), x) for y in (ours, theirs))
+        torch.testing.assert_close(*gradients, atol=1e-2 if dtype == torch.float32 else 30.0, rtol=0.05)
         with torch.no_grad():
-            torch.testing.assert_close(linear(x, {}), y2, **tolerance)
+            torch.testing.assert_close(linear(x, {}), theirs, **tolerance)
 
 
 def test_quantized_loading_quantizes_the_matrices_of_layers_alone(tmp_path):

@@ -18,7 +18,6 @@ import run
 import tasks.prefix
 import train as training
 from data import Example, Formatter
-from further.lm import whole_text
 from gist import HyperLlama, Rows, label_anchors, mean_pooled, read_contexts, whole
 from llama import InputError, rotary_angles, rotate
 from tasks.hyperpretrain import TextBatches
@@ -221,15 +220,6 @@ def test_a_row_that_cannot_be_scored_is_refused(tmp_path, row, message):
         Split(tmp_path, "validation").scorable(0)
 
 
-def test_folders_of_scores_and_story_cloze_are_no_tasks(tmp_path):
-    for name in ("cola_a", "cola_a_score_eval", "story_cloze_2016_x", "anli_r1", "super_glue_wsc.fixed_y"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for split in ("train", "validation"):
-            write_jsonl(tmp_path / "data" / name / f"{split}.jsonl", ROWS)
-    assert [t.name for t in p3_tasks(tmp_path, "train")] == ["cola_a"]
-    assert [t.name for t in p3_tasks(tmp_path, "test")] == ["anli_r1", "super_glue_wsc.fixed_y"]
-
-
 def test_a_listed_task_must_be_in_its_folder(tmp_path):
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "test_tasks.txt").write_text("")
@@ -264,36 +254,17 @@ def test_a_prompt_without_choices_is_left_out_of_the_evaluation(tmp_path, capsys
     assert len(p3_tasks(tmp_path, "test")) == 2
 
 
-GOOD_ROW = {"inputs_pretokenized": "x", "targets_pretokenized": "y"}
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"inputs_pretokenized": "x"}, "row 18 of train: targets_pretokenized is missing"),
-    (GOOD_ROW | {"answer_choices": "yes"}, "row 18 of train: answer_choices is not a list"),
-    (None, "line 18: .*not an object with fields"),
-])  # fmt: skip
-def test_a_bad_training_row_is_refused_at_the_start(tmp_path, row, message):
-    (tmp_path / "P3" / "task").mkdir(parents=True)
-    lines = [json.dumps(line) for line in (*[GOOD_ROW] * 17, row, *[GOOD_ROW] * 13)]
-    (tmp_path / "P3" / "task" / "train.jsonl").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=message):
-        p3_tasks(tmp_path / "P3", "train")
+def test_a_bad_training_row_is_refused_at_the_start(tmp_path):
+    (tmp_path / "task").mkdir()
+    write_jsonl(tmp_path / "task" / "train.jsonl", ROWS * 10)
+    with open(tmp_path / "task" / "train.jsonl", "a") as file:
+        file.write('{"inputs_pretokenized": "x"}\n')
+    with pytest.raises(InputError, match="row 31 of train: targets_pretokenized is missing"):
+        p3_tasks(tmp_path, "train")
 
 
 def test_the_weight_of_large_tasks_is_capped():
     assert Prompt("many", "many", range(1_000_000)).weight == 30_000
-
-
-def test_no_shot_is_one_of_the_questions(tmp_path):
-    rows = [(f"question {i}", "b", ["b", "c"]) for i in range(20)]
-    write_jsonl(tmp_path / "train.jsonl", rows * 2)
-    write_jsonl(tmp_path / "validation.jsonl", rows[:12])
-    task = Prompt("t", "t", Split(tmp_path, "train"), Split(tmp_path, "validation"))
-    ((shots, asked),) = [(e.shots, e.queries) for e in task.evaluation(0, 0, 16, None)]
-    assert len(asked) == 12
-    assert len(shots) == 16 and {shot.input for shot in shots} == {f"question {i}" for i in range(12, 20)}
-    with pytest.raises(InputError, match="only 16 training rows aren't questions, for 17 --shots"):
-        task.evaluation(0, 0, 17, None)
 
 
 # ------------------------------------------------------------------------ Super-NaturalInstructions
@@ -498,18 +469,6 @@ def test_files_are_read_in_order_where_that_is_asked_and_every_row_depends_on_it
     batches = TextBatches(tmp_path, Formatter(tokenizer, 30, 21), [2000, 2001], in_order=40)
     is_owl = ["owl" in tokenizer.decode(batches(0, [n]).targets.tolist()) for n in range(40)]
     assert is_owl == [False] * 20 + [True] * 20
-
-
-def test_language_modelling_beside_compression_reads_the_same_window_as_ordinary_text(tokenizer, tmp_path):
-    texts = [json.dumps({"text": f"{n} fox, {n} owls. " * 40}) for n in range(30)]
-    (tmp_path / "a.jsonl").write_text("\n".join(texts))
-    batches = text_batches(tokenizer, tmp_path)
-    length = 30 - 2 - 2 + 20
-    windows = [batches.window(random.Random(f"0 {number}"), length, False, number) for number in range(2)]
-    text = whole_text(batches(0, range(2)))
-    assert text.context is None and text.targets.view(2, -1).tolist() == windows, "A B C D"
-    assert text.tokens.tolist() == [[tokenizer.bos, *window[:-1]] for window in windows]
-    assert text.select.tolist() == list(range(2 * len(windows[0]))) and len(windows[0]) == length
 
 
 def test_a_steps_contexts_have_one_length_that_is_drawn_between_the_shortest_and_the_longest(

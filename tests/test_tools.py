@@ -52,10 +52,6 @@ def test_own_examples_are_compressed_kept_and_answered_after(tmp_path, hypernetw
     monkeypatch.setattr("sys.stdin", io.StringIO("The fox sleeps.\n\nThe dog waits.\n"))
     lines = answer(hypernetwork, "--gists", gists, "--options", "kilo,jade").stdout.splitlines()
     assert len(lines) == 2 and lines[0] == kept.strip()
-    tensors, about = load_tensors(gists)
-    save_tensors(tmp_path / "crafted.safetensors", tensors | {"offset": torch.tensor([900])}, about)
-    crafted = ["--gists", tmp_path / "crafted.safetensors", QUESTION]
-    assert "crafted" in answer(hypernetwork, *crafted, status=2).stderr
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a fox\n\xff\xfe b\n"), "utf-8"))
     refused = answer(hypernetwork, "--gists", gists, "--options", "kilo,jade", status=2)
     assert "stdin: not text" in refused.stderr
@@ -112,6 +108,20 @@ def test_what_averaged_gists_take_is_said_of_the_average(tmp_path, examples):
 
 
 # ------------------------------------------------------------- what a tool makes, and what it replaces
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The pictures that are saved, in a list."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures, savefig = [], figure.savefig
+
+    def listing(self, *args, **options):
+        figures.append(self)
+        savefig(self, *args, **options)
+
+    monkeypatch.setattr(figure, "savefig", listing)
+    return figures
 
 
 @contextlib.contextmanager
@@ -188,43 +198,29 @@ def test_what_cannot_be_written_leaves_the_old_one(tmp_path, hypernetwork, examp
     assert str(path) in refused and "can't be written" in refused and contents(tmp_path) == before
 
 
-@pytest.fixture
-def plotted(tmp_path):
-    """A run that can be drawn, and a function that draws it."""
-    pytest.importorskip("matplotlib")
-    write_run(tmp_path / "run", 60.0)
-    return lambda out, status=0: run("plot", tmp_path / "run", "--out", out, program="report", status=status)
-
-
-KINDS = ["png", "svg", "pdf"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_replaces_only_a_picture_of_ours(tmp_path, plotted, kind):
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_a_picture_replaces_only_a_picture_of_ours(tmp_path, figures, kind):
     from matplotlib.figure import Figure
 
+    write_run(tmp_path / "run", 60.0)
     Figure().savefig(tmp_path / f"theirs.{kind}")
     (tmp_path / f"folder.{kind}").mkdir()
     (tmp_path / f"link.{kind}").symlink_to("nowhere")
     (tmp_path / f"empty.{kind}").touch()
     (tmp_path / f"about.{kind}").write_text("<svg><text>HyperLlama reads examples</text></svg>")
     before = contents(tmp_path)
+    plot_to = ["plot", tmp_path / "run", "--out"]
     for name in ("theirs", "folder", "link", "empty", "about"):
-        assert "isn't a picture of ours" in plotted(tmp_path / f"{name}.{kind}", status=2).stderr
+        refused = refusal(*plot_to, tmp_path / f"{name}.{kind}", program="report")
+        assert "isn't a picture of ours" in refused
     assert contents(tmp_path) == before and (tmp_path / f"link.{kind}").is_symlink()
 
     path = tmp_path / f"ours.{kind}"
-    plotted(path)
+    run(*plot_to, path, program="report")
     first = path.read_bytes()
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-    plotted(path)
+    run(*plot_to, path, program="report")
     assert path.read_bytes() != first and MADE_BY.encode() in path.read_bytes(), "our own is replaced"
-
-
-def test_a_probe_replaces_no_picture_of_anybodys(tmp_path, hypernetwork):
-    (tmp_path / "mine.png").write_text("mine")
-    refused = run(hypernetwork, "--out", tmp_path / "mine.png", program="probe", status=2).stderr
-    assert "isn't a picture of ours" in refused and (tmp_path / "mine.png").read_text() == "mine"
 
 
 EITHER = "either --examples FILE or --gists FILE"
@@ -247,8 +243,12 @@ def test_each_example_is_asked_back_at_its_place(tmp_path, hypernetwork):
     again = asked_back(episode, 2)
     assert [query.input for query in again.queries] == ["x", "y"] == [shot.input for shot in again.shots]
     assert [query.choices for query in again.queries] == [("a", "b"), ("b", "c")]
-    said = run(hypernetwork, "--sets 1 --out", tmp_path / "probe.png", program="probe").stdout
+    asked = [hypernetwork, "--sets 1 --out", tmp_path / "probe.png"]
+    said = run(*asked, program="probe").stdout
     assert (tmp_path / "probe.png").exists() and "place among 4 examples" in said and "in context" in said
+    (tmp_path / "probe.png").write_text("mine")
+    assert "isn't a picture of ours" in refusal(*asked, program="probe")
+    assert (tmp_path / "probe.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize("program", ["answer", "cost", "probe"])
@@ -370,18 +370,7 @@ def test_a_table_of_runs_has_mean_and_deviation(tmp_path):
     assert run("table", tmp_path / "one_row", tmp_path / "two", program="report").stdout.splitlines() == lines
 
 
-def test_a_picture_says_what_it_shows(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    import matplotlib.pyplot as pyplot
-
-    labels = []
-    savefig = pyplot.Figure.savefig
-
-    def listing(figure, *args, **options):
-        labels.append((figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()))
-        savefig(figure, *args, **options)
-
-    monkeypatch.setattr(pyplot.Figure, "savefig", listing)
+def test_a_picture_says_what_it_shows(tmp_path, figures):
     write_run(tmp_path / "measured", 60.0)
     write_run(tmp_path / "text", 1.0, task="hyperpretrain")
     unmeasured = tmp_path / "unmeasured"
@@ -391,6 +380,7 @@ def test_a_picture_says_what_it_shows(tmp_path, monkeypatch):
         run("plot", tmp_path / folder, "--out", tmp_path / "a.png", program="report")
     run("plot", tmp_path / "measured", "--by", "shots", "--out", tmp_path / "a.png", program="report")
     accuracy = "accuracy on held-out rows, %"
+    labels = [(figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) for figure in figures]
     assert labels == [("step", accuracy), ("step", accuracy), ("step", "loss per token"), ("shots", accuracy)]
     (unmeasured / "log.jsonl").write_text("")
     for name, message in (("a.png", "nothing to draw"), ("curves", "ends in .png")):
@@ -399,12 +389,7 @@ def test_a_picture_says_what_it_shows(tmp_path, monkeypatch):
     assert "not the folder of a run" in refusal(*no_run, program="report")
 
 
-def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apart(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    import matplotlib.pyplot as pyplot
-
-    figures = []
-    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, *_, **options: figures.append(figure))
+def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apart(tmp_path, figures):
     runs = [tmp_path / f"seed{seed}" for seed in range(2)]
     for folder, value in zip(runs, (60.0, 70.0)):
         write_run(folder, value)
@@ -417,11 +402,10 @@ def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apar
     assert ends[0] == [50.0, 50.0] and ends[1] == pytest.approx([65 - 7.07, 65 + 7.07], abs=0.01)
 
     for folder, loss in zip(runs, (1.0, 3.0)):
-        line = {"step": 3, "loss": 9.0, "label_loss": loss, "end_loss": 5.0}
+        line = {"step": 3, "loss": 9.0, "label_loss": loss}
         with open(folder / "log.jsonl", "a") as log:
-            log.write(
-                json.dumps(line) + "\n" + json.dumps({"step": 4, "loss": 9.0, "label_loss": loss}) + "\n"
-            )
+            for line in (line | {"end_loss": 5.0}, line | {"step": 4}):
+                log.write(json.dumps(line) + "\n")
     plot(runs, tmp_path / "c.png")
     below = {line.get_label(): line.get_ydata() for line in figures[1].axes[1].lines}
     assert {label: list(ys) for label, ys in below.items()} == {"label": [2.0, 2.0], "EOS after it": [5.0]}
