@@ -43,8 +43,9 @@ class Mutant(NamedTuple):
 BATCH = "equivalence.py::test_a_training_batch_has_the_logits_and_the_gradients_of_the_joint_pass"
 PLAIN_BATCH = "equivalence.py::test_a_batch_without_gists_has_the_loss_of_plain_rows"
 STEP = "equivalence.py::test_the_loss_of_a_step_is_the_sum_over_its_target_tokens_divided_by_their_number"
-PROCESSES_AGREE = "equivalence.py::test_two_processes_have_the_losses_of_one"
-RESUMED = "equivalence.py::test_a_run_that_was_stopped_goes_on_with_the_rows_that_follow"
+PROCESSES_AGREE = "train.py::test_losses_depend_neither_on_processes_nor_on_accumulation[emit]"
+RESUMED = "train.py::test_a_run_killed_at_every_write_ends_as_if_never_killed[p3]"
+EACH_ROW = "equivalence.py::test_a_run_reads_each_row_once"
 WAY = "equivalence.py::test_every_way_to_make_a_prefix_has_the_logits_and_the_gradients_of_one_row"
 RANKED = "equivalence.py::test_every_column_answers_with_the_choice_that_one_row_holds_most_likely"
 WRITTEN = "equivalence.py::test_every_column_writes_what_greedy_decoding_in_one_row_writes"
@@ -274,7 +275,7 @@ MUTANTS = [
     Mutant("a row depends on its place in the batch", "data.py", [NUMBERS],
         'random.Random(f"{seed} {number}")) for number in numbers]',
         'random.Random(f"{seed} {b}")) for b, _ in enumerate(numbers)]'),
-    Mutant("each step reads the same rows", "train.py", [RESUMED],
+    Mutant("each step reads the same rows", "train.py", [EACH_ROW],
         "(step * args.accumulate + i) * args.batch_size", "i * args.batch_size"),
     Mutant("a resumed run begins with the first rows", "train.py", [RESUMED],
         "disable=rank > 0)\n    micro_batches = get_batches(batches, args, step,",

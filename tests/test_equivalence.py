@@ -6,13 +6,9 @@ with a Llama in float64 (`by_hand`), and so are the chapters of further/, whose 
 masks. `python -m tests.mutants` shows what mistakes these tests catch.
 """
 
-import contextlib
 import copy
-import json
 import random
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
@@ -30,7 +26,7 @@ from data import PLAIN, Episode, EpisodeBatches, Example, Formatter
 from gist import HyperLlama, gist_mask
 from llama import InputError, load, ragged
 from lora import NF4Linear
-from run import Options, Run, compression_of
+from run import Options, Run, compression_of, read_lines
 from tasks import find
 from tasks.p3 import Prompt, Split, p3_tasks
 from tiny.make import write_jsonl
@@ -381,10 +377,6 @@ def test_a_batch_without_gists_has_the_loss_of_plain_rows(method):
     torch.testing.assert_close(loss_of(run, batch), torch.cat(losses).mean(), **CLOSE)
 
 
-def log_of(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 LOOP = {"accumulate": 2, "batch_size": 2, "lr": 0.01, "gist_lr": 0.01}
 TERMS = {"weight_by_context": True, "distill": 0.5, "reconstruct": 0.3}
 
@@ -438,67 +430,21 @@ def test_the_loss_of_a_step_is_the_sum_over_its_target_tokens_divided_by_their_n
         loss = means["weight_by_context"] + sum(further)
     loss.backward()
     norm = torch.cat([gradient.flatten() for gradient in gradients(other).values()]).norm()
-    (line,) = log_of(tmp_path)
+    (line,) = read_lines(tmp_path / "log.jsonl")
     assert line["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert line["norm"] == pytest.approx(norm.item(), abs=1e-4)
 
 
-def test_two_processes_have_the_losses_of_one(tmp_path, monkeypatch):
-    """Two threads in their places, which add up when both have come."""
-    own, sums, both = threading.local(), {}, threading.Barrier(2, timeout=60)
+def test_a_run_reads_each_row_once(tmp_path):
+    run, numbers = run_of(random_hyper(), steps=3, **LOOP), []
+    batches, _ = recorded_batches(run)
 
-    def all_sum(tensor):
-        sums[own.rank] = tensor
-        both.wait()
-        total = sums[0] + sums[1]
-        both.wait()
-        return tensor.copy_(total)
+    def listing(seed, rows):
+        numbers.extend(rows)
+        return batches(seed, rows)
 
-    def losses(out, rank=0):
-        own.rank = rank
-        run = run_of(random_hyper("downstream"), steps=2, **LOOP, **TERMS)
-        training.train(run, recorded_batches(run)[0], out)
-        return [[line["loss"], line["norm"]] for line in log_of(out)]
-
-    alone = losses(tmp_path)
-    for folder in "01":
-        (tmp_path / folder).mkdir()
-    (tmp_path / "1" / "log.jsonl").touch()
-    monkeypatch.setattr(training, "processes", lambda: (own.rank, 2))
-    monkeypatch.setattr(training, "all_sum", all_sum)
-    with ThreadPoolExecutor(2) as pool:
-        together, _ = pool.map(lambda rank: losses(tmp_path / str(rank), rank), range(2))
-    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), **NEAR)
-
-
-def test_a_run_that_was_stopped_goes_on_with_the_rows_that_follow(tmp_path, monkeypatch):
-    save_state = training.save_state
-
-    def stop(out, hyper, optimizers, step):
-        if step == 3:
-            raise InterruptedError  # two steps are saved, three are in the log
-        save_state(out, hyper, optimizers, step)
-
-    def train(out):
-        run, numbers = run_of(random_hyper("downstream"), steps=4, save_every=1, **LOOP), []
-        batches, _ = recorded_batches(run)
-        out.mkdir(exist_ok=True)
-
-        def listing(seed, rows):
-            numbers.extend(rows)
-            return batches(seed, rows)
-
-        with contextlib.suppress(InterruptedError):
-            training.train(run, listing, out)
-        return numbers, [(line["step"], line["loss"], line["norm"]) for line in log_of(out)]
-
-    numbers, log = train(tmp_path / "whole")
-    assert numbers == [*range(16)], "four rows in a step, each once"
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", stop)
-        assert len(train(tmp_path / "cut")[1]) == 3
-    rest, same = train(tmp_path / "cut")
-    assert rest == [*range(8, 16)] and same == log
+    training.train(run, listing, tmp_path)
+    assert numbers == [*range(12)], "four in a step"
 
 
 # ---------------------------------------------------------------------------------- chapters of further/

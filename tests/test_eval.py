@@ -21,19 +21,8 @@ from data import Episode, Example
 from eval import HeldOut, average, draw_held_out, parse, take_folder
 from gist import nothing
 from llama import InputError, load
-from run import (
-    MARK,
-    Options,
-    Run,
-    all_options,
-    default_folder,
-    names_of,
-    open_run,
-    print_lines,
-    release_folders,
-    resolve_args,
-    trainable,
-)
+from run import MARK, Options, Run, all_options, default_folder, names_of, open_run, print_lines
+from run import release_folders, resolve_args, trainable
 from tasks.p3 import Prompt, Split, p3_tasks
 from tasks.sni import rouge_l, sni_tasks
 from tasks.symbol import symbol_tasks

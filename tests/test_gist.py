@@ -15,17 +15,8 @@ import data
 import llama
 from data import PLAIN, Batch, Example, Sample, Term, collate
 from further import lm, teacher
-from gist import (
-    HyperLlama,
-    Rows,
-    average,
-    gist_mask,
-    label_anchors,
-    mean_pooled,
-    read_contexts,
-    whole,
-    with_gists,
-)
+from gist import HyperLlama, Rows, gist_mask, label_anchors, mean_pooled, read_contexts, whole
+from gist import with_gists
 from llama import InputError, ragged
 from lora import load_tensors, save_tensors
 from run import all_options
@@ -35,7 +26,6 @@ from train import cross_entropy
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 GIST_IDS = [50 + i for i in range(G)]
-EOS = 2
 
 
 def words(count: int, seed: int) -> list[int]:
@@ -87,17 +77,6 @@ def test_a_prefix_made_at_another_offset_answers_the_same():
     torch.testing.assert_close(*outputs, **TOLERANCE)
     late = hyper.model(queries, past=gists.past, offset=gists.offset + 1)[0]  # the bug, on purpose
     assert (late - outputs[1]).abs().max() > 1e-2
-
-
-def test_sets_of_unequal_length_are_averaged_at_equal_positions():
-    """Row by row, the mean of each set's gists, which all end at the same position."""
-    hyper = random_hyper()
-    sets = [rows_of(*EXAMPLES), rows_of(*EXAMPLES[::-1])]
-    averaged, alone = average(hyper, sets), [hyper.compress(rows) for rows in sets]
-    assert averaged.offset.tolist() == [G] * 4 == alone[0].offset.tolist()
-    for mean, one, other in zip(averaged.past, *(gists.past for gists in alone), strict=True):
-        for x, a, b in zip(mean, one, other, strict=True):  # keys, then values
-            torch.testing.assert_close(x, (a + b) / 2, **TOLERANCE)
 
 
 # ------------------------------------------------------------------------- other terms of the loss

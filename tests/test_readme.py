@@ -36,64 +36,23 @@ a picture
 """
 
 
-SMALL_PAGE = """\
-```sh
-echo one > file
-```
+def block(language: str, text: str, comment: str = "", shown: str = "") -> str:
+    above = f"<!-- {comment} -->\n" if comment else ""
+    below = f"\n```\n{shown}\n```\n" if shown else ""
+    return f"{above}```{language}\n{text}\n```\n{below}\n"
 
-```python
-print(open("file").read(), end="")
-```
 
-```
-one
-```
-
-```sh
-cat file
-```
-
-```
-two
-```
-
-```sh
-false | true
-echo later
-```
-
-<!-- needs: no_such_package -->
-```sh
-false
-```
-
-<!-- not run: why -->
-```sh
-false
-```
-
-<!-- file: mine.py -->
-```python
-print(3)
-```
-
-```sh
-python mine.py
-```
-
-```
-3
-```
-
-<!-- short: train.py --steps 3 -->
-```sh
-echo train.py
-```
-
-```
-a table of the full run
-```
-"""
+SMALL_PAGE = [  # blocks, and how many of their commands fail
+    (block("sh", "echo one > file"), 0),
+    (block("python", 'print(open("file").read(), end="")', shown="one"), 0),
+    (block("sh", "cat file", shown="two"), 1),
+    (block("sh", "false | true\necho later"), 1),
+    (block("sh", "false", "needs: no_such_package"), 0),
+    (block("sh", "false", "not run: why"), 0),
+    (block("python", "print(3)", "file: mine.py"), 0),
+    (block("sh", "python mine.py", shown="3"), 0),
+    (block("sh", "echo train.py", "short: train.py --steps 3", shown="a table of the full run"), 0),
+]
 
 
 def test_blocks_have_their_commands_comments_and_outputs():
@@ -144,8 +103,9 @@ def test_numbers_may_differ_only_where_they_are_measured():
 
 
 def test_blocks_run_in_one_folder_and_failures_are_counted(tmp_path, capsys):
-    blocks = parse(SMALL_PAGE)
-    assert [run_block(block, tmp_path) for block in blocks] == [0, 0, 1, 1, 0, 0, 0, 0, 0]
+    texts, failures = zip(*SMALL_PAGE)
+    blocks = parse("".join(texts))
+    assert tuple(run_block(block, tmp_path) for block in blocks) == failures
     assert "print(3)" in (tmp_path / "mine.py").read_text()
     blocks[-1].short = {}
     assert run_block(blocks[-1], tmp_path) == 1, "a command that isn't shortened is compared"

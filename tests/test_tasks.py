@@ -142,15 +142,6 @@ def test_copies_of_a_file_are_not_data(tmp_path):
     assert len(all_of(tmp_path)) == 3
 
 
-def test_a_file_of_lists_that_is_not_text_is_refused(tmp_path):
-    folder = tmp_path / "P3"
-    (folder / "splits").mkdir(parents=True)
-    for part in ("train", "test"):
-        (folder / "splits" / f"{part}_tasks.txt").write_bytes(b"task\xff\n")
-    with pytest.raises(InputError, match="not UTF-8"):
-        p3_tasks(folder, "train")
-
-
 # ------------------------------------------------------------------------------- files found by name
 
 
@@ -220,27 +211,22 @@ def test_a_row_that_cannot_be_scored_is_refused(tmp_path, row, message):
         Split(tmp_path, "validation").scorable(0)
 
 
-def test_a_listed_task_must_be_in_its_folder(tmp_path):
-    (tmp_path / "splits").mkdir()
-    (tmp_path / "splits" / "test_tasks.txt").write_text("")
-    for name in ("nothing", "../outside"):
-        (tmp_path / "splits" / "train_tasks.txt").write_text(name + "\n")
-        with pytest.raises(InputError, match="has no folder|not in its folder"):
-            p3_tasks(tmp_path, "train")
-
-
-def test_a_held_out_task_is_never_trained_on(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
+@pytest.mark.parametrize("train, held_out, message", [
+    (b"a\nb", b"b", "b is in both lists"), (None, b"b", "train_tasks.txt: is missing"),
+    (b"nothing", b"b", "has no folder"), (b"../outside", b"b", "not in its folder"),
+    (b"a\xff", b"b", "not UTF-8"),
+])  # fmt: skip
+def test_tasks_in_both_lists_or_not_in_the_folder_are_refused(tmp_path, train, held_out, message):
+    for name in ("data/a", "data/b", "outside"):
+        (tmp_path / name).mkdir(parents=True)
         for split in ("train", "validation"):
             write_jsonl(tmp_path / name / f"{split}.jsonl", ROWS)
-    (tmp_path / "splits").mkdir()
-    (tmp_path / "splits" / "test_tasks.txt").write_text("b\n")
-    with pytest.raises(InputError, match="train_tasks.txt: is missing"):
-        p3_tasks(tmp_path, "train")
-    (tmp_path / "splits" / "train_tasks.txt").write_text("a\nb\n")
-    with pytest.raises(InputError, match="b is in both lists"):
-        p3_tasks(tmp_path, "train")
+    (tmp_path / "data" / "splits").mkdir()
+    for part, names in (("train", train), ("test", held_out)):
+        if names is not None:
+            (tmp_path / "data" / "splits" / f"{part}_tasks.txt").write_bytes(names)
+    with pytest.raises(InputError, match=message):
+        p3_tasks(tmp_path / "data", "train")
 
 
 def test_a_prompt_without_choices_is_left_out_of_the_evaluation(tmp_path, capsys):
