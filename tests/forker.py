@@ -6,6 +6,7 @@ write: every replaced file is two moments (before and after it takes its place),
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -131,34 +132,25 @@ def kill_at_write(n: int) -> None:
     builtins.print = print_and_die
 
 
-class Server:
-    """Started at the first command; ends with the tests."""
-
-    def __init__(self):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
-        assert self.process.stdout.readline() == "ready\n"
-        atexit.register(self.end)
-
-    def end(self) -> None:
-        """Waited for, so that its time counts as the tests'."""
-        self.process.stdin.close()
-        self.process.wait()
-
-    def ask(self, **request) -> int:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+@functools.cache
+def server() -> subprocess.Popen:
+    """Started at the first command; ends with the tests, and is waited for: its time counts as theirs."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    atexit.register(process.communicate)
+    return process
 
 
-SERVER: list[Server] = []
+def ask(**request) -> int:
+    server().stdin.write(json.dumps(request) + "\n")
+    server().stdin.flush()
+    return int(server().stdout.readline())
 
 
 def launch(log, *argv, module="train", processes=1, kill_at=0, most_bytes=0) -> list[int]:
     """Start a command, as torchrun would for several processes; returns their process ids."""
-    if not SERVER:
-        SERVER.append(Server())
     shared = {}
     if processes > 1:
         with socket.socket() as free:
@@ -171,9 +163,8 @@ def launch(log, *argv, module="train", processes=1, kill_at=0, most_bytes=0) -> 
     pids = []
     for rank in range(processes):
         env = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if shared else {})
-        faults = {"kill_at": kill_at, "most_bytes": most_bytes}
-        request = {"module": module, "argv": arguments(*argv), "env": env, "log": str(log)}
-        pids.append(SERVER[0].ask(**request, **faults))
+        command = {"module": module, "argv": arguments(*argv), "env": env, "log": str(log)}
+        pids.append(ask(**command, kill_at=kill_at, most_bytes=most_bytes))
     return pids
 
 
@@ -183,7 +174,7 @@ def wait(pids: list[int]) -> list[int]:
     for pid in pids:
         if any(statuses):
             os.kill(pid, signal.SIGKILL)
-        statuses.append(SERVER[0].ask(wait=pid))
+        statuses.append(ask(wait=pid))
     return statuses
 
 

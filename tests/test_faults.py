@@ -31,23 +31,19 @@ ROWS = [(f"Is number {i} even?", "yes" if i % 2 == 0 else "no", ["yes", "no"]) f
 def damaged(content: bytes, seed: int) -> bytes:
     """The content with some bytes flipped, cut off, cut out, swapped, doubled or made anew."""
     rng = random.Random(seed)
-    a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
-    kind = seed % 6
-    if kind == 0:
-        changed = bytearray(content)
-        for _ in range(rng.randint(1, 4)):
-            changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        return bytes(changed)
-    if kind == 1:
-        return content[:a]
-    if kind == 2:
-        return content[:a] + content[b:]
-    if kind == 3:
-        middle = (a + b) // 2
-        return content[:a] + content[middle:b] + content[a:middle] + content[b:]
-    if kind == 4:
-        return content[:b] + content[a:]
-    return content[:a] + rng.randbytes(b - a) + content[b:]
+    a, middle, b = sorted(rng.randrange(len(content) + 1) for _ in range(3))
+    flipped = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    forms = [
+        bytes(flipped),
+        content[:a],
+        content[:a] + content[b:],
+        content[:a] + content[middle:b] + content[a:middle] + content[b:],
+        content[:b] + content[a:],
+        content[:a] + rng.randbytes(b - a) + content[b:],
+    ]
+    return forms[seed % len(forms)]
 
 
 def fuzz(path: Path, read: Callable, same: Callable | None = None) -> int:

@@ -11,7 +11,7 @@ from eval import score_choices
 from further.adapters import Heads, add_heads, emit
 from gist import Compression, HyperLlama, Rows, with_gists
 from llama import InputError, generate, load
-from lora import NF4Linear, add_lora, assign, linears, load_tensors, save_tensors
+from lora import NF4Linear, add_lora, assign, linears, load_tensors
 from run import trainable
 
 X = torch.tensor([[1, 5, 9, 20, 30, 4]])
@@ -157,25 +157,6 @@ def test_quantized_loading_quantizes_the_matrices_of_layers_alone(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- files
-
-
-def test_saving_and_loading_lose_nothing(tmp_path):
-    tensors = {"a": torch.randn(3, 4).t(), "b": torch.arange(5)}
-    save_tensors(tmp_path / "x.safetensors", tensors, {"step": "7"})
-    loaded, metadata = load_tensors(tmp_path / "x.safetensors")
-    assert metadata == {"step": "7"} and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "x.safetensors"
-    save_tensors(path, {"a": torch.ones(2)}, {})
-    full_disk = OSError(28, "No space left on device")
-    monkeypatch.setattr("lora.os.replace", lambda *_: (_ for _ in ()).throw(full_disk))
-    with pytest.raises(InputError, match="No space left"):
-        save_tensors(path, {"a": torch.zeros(2)}, {})
-    assert torch.equal(load_tensors(path)[0]["a"], torch.ones(2))
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):
