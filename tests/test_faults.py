@@ -161,14 +161,18 @@ def write_text(path: Path, documents: list[str], before: str, between: str, afte
     path.write_text(before + between.join(documents) + after, newline="")
 
 
-@pytest.mark.parametrize("training", [1, 5])
-@pytest.mark.parametrize("before, between, after", [
-    ("", "\n", ""), ("", "\n", "\n"), (" \n\n", "\r\n", ""), (" \n\n", "\n\n \n", "\n \n\n"),
-], ids=repr)  # fmt: skip
+ENDS = [("", "\n", ""), ("", "\n", "\n"), (" \n\n", "\r\n", ""), (" \n\n", "\n\n \n", "\n \n\n")]
+BLANK = [("\n" * 30_000, "\n", ""), ("", "\n" * 30_000, ""), ("", "\n", "\n" * 30_000)]
+LAST = [(*ends, count, 20_000) for ends in ENDS for count in (1, 5)]  # more than 64 KiB
+LAST += [(*ends, 1, 30) for ends in BLANK]
+
+
+@pytest.mark.parametrize("before, between, after, training, length", LAST, ids=range(len(LAST)))
 def test_a_last_document_longer_than_a_twentieth_of_its_file_is_evaluation_text(
-    tmp_path, training, before, between, after
+    tmp_path, before, between, after, training, length
 ):
-    documents = [document("dog", 30)] * training + [document("cat", 20000)]  # more than 64 KiB
+    """And blank lines are no documents, however many there are."""
+    documents = [document("dog", 30)] * training + [document("cat", length)]
     write_text(tmp_path / "a.jsonl", documents, before, between, after)
     batches = text_batches(tmp_path)
     assert words_of(batches, test=False) == {"dog"} and words_of(batches, test=True) == {"cat"}
@@ -186,15 +190,6 @@ def test_a_single_document_trains_and_a_note_is_printed(tmp_path, capsys, before
     note = f"{tmp_path / 'one.jsonl'}: a single document, so none of it is kept for evaluation\n"
     assert capsys.readouterr().err == note
     assert words_of(batches, test=False) == {"cat", "dog"} and words_of(batches, test=True) == {"owl"}
-
-
-@pytest.mark.parametrize("before, between, after", [
-    ("\n" * 30_000, "\n", ""), ("", "\n" * 30_000, ""), ("", "\n", "\n" * 30_000),
-], ids=["before", "between", "after"])  # fmt: skip
-def test_blank_lines_are_no_documents_however_many_there_are(tmp_path, before, between, after):
-    write_text(tmp_path / "a.jsonl", [document("dog", 30), document("cat", 30)], before, between, after)
-    batches = text_batches(tmp_path)
-    assert words_of(batches, test=False) == {"dog"} and words_of(batches, test=True) == {"cat"}
 
 
 # ------------------------------------------------------------------------- models and what is trained
