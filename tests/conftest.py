@@ -83,13 +83,13 @@ def random_hyper(downstream: str | None = None, kv_heads: int = 2, seed: int = 0
     return HyperLlama(model, torch.randn(G, 32, generator=generator), "hyper", downstream)
 
 
-def hf_config(c: Config, **changes) -> dict:
+def hf_config(c: Config) -> dict:
     return {
         "model_type": "llama", "hidden_act": "silu", "vocab_size": c.vocab, "hidden_size": c.width,
         "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads,
         "intermediate_size": c.hidden, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
         "max_position_embeddings": c.max_positions, "tie_word_embeddings": False,
-    } | changes  # fmt: skip
+    }  # fmt: skip
 
 
 def hf_tensors(model: Llama) -> dict[str, torch.Tensor]:
@@ -101,7 +101,7 @@ def hf_tensors(model: Llama) -> dict[str, torch.Tensor]:
 
 def write_hf(folder: Path, model: Llama, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf_config(model.config, **changes)))
+    (folder / "config.json").write_text(json.dumps(hf_config(model.config) | changes))
     save_file(hf_tensors(model), folder / "model.safetensors")
     return folder
 
@@ -136,6 +136,14 @@ def write_meta(folder, model, shards: int):
     for shard, part in enumerate(parts):
         torch.save(part, folder / f"consolidated.{shard:02}.pth")
     return folder
+
+
+def write_parquet(path: Path, rows, **options):
+    """Rows of P3."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    fields = ("inputs_pretokenized", "targets_pretokenized", "answer_choices")
+    columns = {field: list(column) for field, column in zip(fields, zip(*rows))}
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path, **options)
 
 
 # -------------------------------------------------------------------------------------------- commands

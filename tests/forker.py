@@ -155,11 +155,8 @@ def launch(log, *argv, module="train", processes=1, kill_at=0, most_bytes=0) -> 
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            shared = {
-                "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(free.getsockname()[1]),
-            }
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pids = []
     for rank in range(processes):
         env = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if shared else {})

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from data import PLAIN, Episode, EpisodeBatches, Example, Formatter, report
 from further import among
-from gist import Compression, one_context
+from gist import one_context
 from llama import InputError
 from tasks.p3 import Prompt, Split, p3_tasks
 from tasks.sni import LAYOUT as SNI_LAYOUT
@@ -104,10 +104,9 @@ def test_a_query_whose_layout_has_no_room_is_refused(tokenizer):
 # ------------------------------------------------------------------------------------------ batches
 
 
-def tiny_batches(tokenizer, method="hyper", tasks=None, compression=Compression()) -> EpisodeBatches:
+def tiny_batches(tokenizer, tasks=None) -> EpisodeBatches:
     tasks = tasks or p3_tasks(ROOT / "tiny" / "P3", "train")[:6]
-    formatter = Formatter(tokenizer, 400, 100)
-    return EpisodeBatches(tasks, formatter, method, 5, [2000, 2001], compression)
+    return EpisodeBatches(tasks, Formatter(tokenizer, 400, 100), "hyper", 5, [2000, 2001])
 
 
 def one_task(folder) -> list[Prompt]:

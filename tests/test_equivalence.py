@@ -721,7 +721,7 @@ def test_a_score_that_is_known_is_that_of_the_same_tokens_and_the_same_weights()
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
 
 
-# ------------------------------------------------------------------------------------------- the base
+# --------------------------------------------------------------------- the base, and what is held out
 
 
 def test_a_checksum_tells_every_tensor(tmp_path):
@@ -757,9 +757,6 @@ def test_a_quantized_matrix_is_levels_times_the_scale_of_their_block():
     y = linear(x, {})
     assert (y - expected).norm() / expected.norm() < 0.02, "the scales have 8 bits themselves"
     assert 0.03 < (y - x @ weight.T).norm() / (x @ weight.T).norm() < 0.12, "and four bits are few"
-
-
-# ---------------------------------------------------------------------------------- what is held out
 
 
 @pytest.mark.parametrize("task", ["p3", "sni", "symbol"])

@@ -32,10 +32,6 @@ from tiny.make import write_jsonl
 # --------------------------------------------------------------------------------------- the result
 
 
-def a_run(task):
-    return Run(Options(task=task), None, None)
-
-
 def held_out(tasks, sizes):
     """Tasks with so many queries each."""
     episodes = [[[Episode([Example("x", "y")] * size, [])] for size in sizes]]
@@ -45,8 +41,10 @@ def held_out(tasks, sizes):
 def test_datasets_with_many_prompts_weigh_the_same():
     tasks = [Prompt(name, name[0], None) for name in ("a1", "a2", "a3", "b")]
     scores = [[10.0, 10.0], [20.0, 40.0], [20.0, 20.0], [60.0, 60.0]]
-    assert average(a_run("p3"), held_out(tasks, [1, 1, 1, 1]), scores) == 40.0
-    assert average(a_run("sni"), held_out(tasks, [1, 1, 1, 7]), scores) == 48.0, "mean over instances"
+    assert average(Run(Options(task="p3"), None, None), held_out(tasks, [1, 1, 1, 1]), scores) == 40.0
+    assert average(Run(Options(task="sni"), None, None), held_out(tasks, [1, 1, 1, 7]), scores) == 48.0, (
+        "mean over instances"
+    )
 
 
 def tiny_run(*options, task="p3"):
@@ -196,7 +194,7 @@ def test_kept_scores_are_used_only_where_the_same_weights_read_the_same_tokens(
     assert set(scored) >= anew and (anew or not scored)
 
 
-# ------------------------------------------------------------------------------------ further tasks
+# --------------------------------------------------------------------------- further tasks, ROUGE-L
 
 
 def test_an_empty_evaluation_split_is_refused(tmp_path):
@@ -221,9 +219,6 @@ def test_each_symbol_query_has_its_own_prefix(capsys):
             episodes, others = (task.evaluation(0, 0, 4, 7) for task in tasks)
             values.append(evaluation.score(run, column, episodes, others))
         assert values[0] == values[1] == values[2] and len(values[0]) == 7
-
-
-# ------------------------------------------------------------------------------------------ ROUGE-L
 
 
 @pytest.mark.parametrize("prediction, references, expected", [

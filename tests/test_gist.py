@@ -59,14 +59,6 @@ def test_the_mask_of_a_small_row_is_what_the_paper_draws():
     ]
 
 
-def test_the_mask_without_gists_is_causal_and_every_token_sees_itself():
-    T = 6
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    assert torch.equal(gist_mask(torch.zeros(2, T, dtype=torch.bool))[1], causal)
-    anywhere = torch.rand(64, 20, generator=torch.Generator().manual_seed(0)) < 0.3
-    assert gist_mask(anywhere).diagonal(dim1=1, dim2=2).all()
-
-
 def test_a_prefix_made_at_another_offset_answers_the_same():
     hyper, queries, outputs = random_hyper(), ragged(QUERIES), []
     for shift in ([0, 0, 0, 0], [40, 3, 100, 0]):
@@ -116,7 +108,7 @@ def test_where_a_prompt_is_bos_alone_the_teacher_keeps_it():
         torch.testing.assert_close(logits, expected, **TOLERANCE)
 
 
-# ---------------------------------------------------------------------- prefixes that need no gists
+# --------------------------------------------------------- prefixes that need no gists, or are kept
 
 
 def test_a_context_shorter_than_the_gists_is_pooled_as_it_is_also_beside_a_longer_one():
@@ -140,9 +132,6 @@ def test_label_anchors_are_bos_the_instruction_and_the_last_letter_of_each_answe
     assert [text.split("\n")[-1] for text in shown[2:]] == ["Output: kilo", "Output: east"]
     assert shown[:2] == ["", "Find it.\n"]
     assert [context.positions[i] for i in context.kept][-1] == len(context.kept) - 1
-
-
-# ------------------------------------------------------------------------------- a prefix as a file
 
 
 def test_a_saved_prefix_answers_the_same_and_in_its_own_model_alone(tmp_path):

@@ -223,7 +223,7 @@ def test_llama_2_has_its_published_number_of_parameters_and_positions(tmp_path, 
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-# ----------------------------------------------------------------------------- against transformers
+# ------------------------------------------------------------------ against transformers; tokenizer
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-c"])
@@ -233,9 +233,6 @@ def test_the_tiny_checkpoint_opens_in_transformers(name):
     x = tokens(2, 40)
     with torch.no_grad():
         torch.testing.assert_close(load(ROOT / "tiny" / name)(x)[0], theirs(x).logits, atol=1e-4, rtol=1e-4)
-
-
-# ---------------------------------------------------------------------------------------- tokenizer
 
 
 def test_no_token_depends_on_what_follows_it():

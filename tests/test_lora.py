@@ -115,7 +115,7 @@ def test_heads_of_trained_size_move_logits_by_a_few_units_whatever_the_scale_of_
     assert 1e-3 < moved < 3
 
 
-# ---------------------------------------------------------------------------------------------- NF4
+# --------------------------------------------------------------------------------------- NF4, files
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,9 +154,6 @@ def test_quantized_loading_quantizes_the_matrices_of_layers_alone(tmp_path):
         weight = dequantize_4bit(linear.weight, linear.state)
         plain.get_submodule(path).load_weight(weight, "cpu", torch.float32)
     torch.testing.assert_close(model(X)[0], plain(X)[0], atol=1e-4, rtol=1e-4)
-
-
-# -------------------------------------------------------------------------------------------- files
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):

@@ -150,7 +150,7 @@ def test_without_the_package_a_tokenizer_json_is_refused_in_a_line(json_tokenize
         Tokenizer(json_tokenizer)
 
 
-# ---------------------------------------------------------------------------------------- a real model
+# ---------------------------------------------------------------------- a real model, a prefix in peft
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +206,6 @@ def test_a_real_tokenizer_has_the_tokens_of_transformers(real):
     for text in texts:
         assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
         assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-# ------------------------------------------------------------------------------------ a prefix in peft
 
 
 @pytest.mark.parametrize("variant", ["", "--anchors"], ids=["gists", "anchors"])

@@ -69,8 +69,7 @@ def test_own_examples_are_compressed_kept_and_answered_after(tmp_path, hypernetw
 
 def another_run(tmp_path, hypernetwork):
     """A finished run of the same base, with other weights."""
-    folder = tmp_path / "another"
-    shutil.copytree(hypernetwork, folder)
+    folder = shutil.copytree(hypernetwork, tmp_path / "another")
     tensors, about = load_tensors(folder / "adapters.safetensors")
     tensors = {name: tensor + 0.01 for name, tensor in tensors.items()}
     save_tensors(folder / "adapters.safetensors", tensors, about)
@@ -315,7 +314,7 @@ def test_exported_adapters_open_in_peft_with_the_same_logits(tmp_path):
             assert (mine - ours(x)[0]).abs().max() > 1e-3, "the set does something"
 
 
-# ----------------------------------------------------------------------------------------- the cost
+# ---------------------------------------------------------------------- the cost, tables and curves
 
 
 def test_the_cost_of_gists_is_printed(hypernetwork):
@@ -342,9 +341,6 @@ def test_counted_operations_are_those_that_torch_counts(T, P, adapter, kept):
     rank = 0 if adapter is None else 4
     counted = flops(hyper.model.config, T, P, 0 if kept else 1, rank, kept)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.02)
-
-
-# -------------------------------------------------------------------------------- tables and curves
 
 
 def write_run(folder, average, **args):

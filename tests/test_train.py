@@ -200,11 +200,8 @@ def test_a_tuned_prefix_is_used_for_its_own_task_alone(tmp_path):
 
 
 def test_the_same_command_twice_has_the_same_results_with_a_network_or_without(tmp_path, monkeypatch):
-    def connect(*_):
-        raise AssertionError("a connection")
-
     train(tmp_path / "one", "--steps 2")
-    monkeypatch.setattr("socket.socket.connect", connect)
+    monkeypatch.setattr("socket.socket.connect", None)  # a TypeError where one is made
     train(tmp_path / "two", "--steps 2")
     assert_same(tmp_path / "one", tmp_path / "two")
 
