@@ -388,31 +388,30 @@ def draw_held_out(run: Run) -> HeldOut:
     """Draw the episodes. Done before training, so that a bad row or query is found in time."""
     args = run.args
     held_out = run.task.load(args, run.formatter, "test")
-    main = MAIN[args.method]
-    instruct = main.instruct or run.instruct
-    queries = Counter()
-    contexts = {"hyper": Counter(), "fewshot": Counter()}
+    instruct = MAIN[args.method].instruct or run.instruct
+    count = args.shots * run.hyper.compression.parts
+    left_out = Counter()
+    all_read = True
     shots = []
     episodes = [[] for _ in range(args.sets)]
     for t, task in enumerate(tqdm(held_out, desc="preparing held-out tasks", leave=False, delay=1)):
-        read = {name: [] for name in contexts}
         for n in range(args.sets):
-            drawn = task.evaluation(args.seed, n, args.shots * run.hyper.compression.parts, args.limit)
-            episodes[n].append(drawn)
+            episodes[n].append(task.evaluation(args.seed, n, count, args.limit))
+        for episode in episodes[0][t]:
+            encode_queries(run.formatter.counting(left_out), episode, instruct)
+        drawn = [episode for draw in episodes for episode in draw[t]]
+        shots.append({})
+        for name, context in (("hyper", gist_context), ("fewshot", shots_context)):
+            counts = Counter()
+            counting = replace(run, formatter=run.formatter.counting(counts))
             for episode in drawn:
-                if n == 0:
-                    encode_queries(replace(run.formatter, left_out=queries), episode, instruct)
-                for name, counts in contexts.items():
-                    own = Counter()
-                    counting = replace(run, formatter=replace(run.formatter, left_out=own))
-                    (gist_context if name == "hyper" else shots_context)(counting, episode, t)
-                    # (queries of shots_context are those counted above)
-                    read[name].append(own["shots"] - own["shots left out"])
-                    counts.update({key: own[key] for key in own if "shots" in key or "instructions" in key})
-        shots.append({name: fmean(values) for name, values in read.items()})
-    read_by_run = [contexts[name] for name in contexts if args.method in (name, "hyper")]
-    all_read = not any(counts["shots left out"] for counts in read_by_run)
-    return HeldOut(held_out, episodes, queries + contexts.get(args.method, Counter()), shots, all_read)
+                context(counting, episode, t)
+            shots[t][name] = (counts["shots"] - counts["shots left out"]) / len(drawn)
+            if args.method in (name, "hyper"):
+                all_read = all_read and not counts["shots left out"]
+            if args.method == name:  # (its queries are counted above)
+                left_out.update({what: n for what, n in counts.items() if "queries" not in what})
+    return HeldOut(held_out, episodes, left_out, shots, all_read)
 
 
 def digest(run: Run, column: Column, episodes: list[Episode], others: list[Episode], t: int) -> str:
