@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import tasks
 from data import Episode, Formatter, Task, report
-from gist import Context, Gists, Rows, label_anchors, mean_pooled, nothing, read_contexts, whole
+from gist import Context, Gists, Rows, keep_all, label_anchors, mean_pooled, nothing, read_contexts
 from llama import InputError, Llama, causal_mask_after, generate, int_tensor, ragged
 
 # fmt: off
@@ -145,7 +145,7 @@ def shots_context(run: Run, episode: Episode, t: int) -> list[Context]:
     """All examples as they are: few-shot prompting."""
     episode = one_set(run, episode)
     room = run.args.context - longest_query(run.formatter, episode)
-    return [whole(run.formatter.context_tokens(episode, room))]
+    return [keep_all(run.formatter.context_tokens(episode, room))]
 
 
 def one_set(run: Run, episode: Episode) -> Episode:
@@ -178,7 +178,7 @@ def fewer_context(run: Run, episode: Episode, t: int) -> list[Context]:
     """A control: whole examples in as many raw tokens as there are gists; at least one."""
     bare = replace(episode, instruction="")
     one = run.formatter.context_tokens(replace(bare, shots=bare.shots[:1]))
-    return [whole(run.formatter.context_tokens(bare, budget=max(len(one), len(run.hyper.gists))))]
+    return [keep_all(run.formatter.context_tokens(bare, budget=max(len(one), len(run.hyper.gists))))]
 
 
 def task_context(run: Run, episode: Episode, t: int) -> int:
@@ -317,14 +317,14 @@ def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Enc
         longest = [row_length(p, c) if c else len(p) + MAX_NEW_TOKENS for p, c in zip(prompts, choices)]
         for chosen in token_batches([prefix.length + length for length in longest], most):
             rows = [asked[i][0] for i in chosen]
-            own = prefix[int_tensor(rows, run.device)]
-            some = [prompts[i] for i in chosen]
+            before = prefix[int_tensor(rows, run.device)]
+            batch = [prompts[i] for i in chosen]
             if choices[chosen[0]]:
-                best = choose(run, some, [choices[i] for i in chosen], own, adapter)
+                best = choose(run, batch, [choices[i] for i in chosen], before, adapter)
                 queries = [episodes[e].queries[q] for _, e, q in (asked[i] for i in chosen)]
                 texts = [query.choices[number] for query, number in zip(queries, best)]
             else:
-                texts = write_answers(run, episodes[part[0]], some, own, adapter)
+                texts = write_answers(run, episodes[part[0]], batch, before, adapter)
             for i, text in zip(chosen, texts):
                 answers[asked[i][1:]] = text
     return [answers[key] for key in sorted(answers)]

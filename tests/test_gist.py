@@ -21,10 +21,10 @@ from gist import (
     Rows,
     average,
     gist_mask,
+    keep_all,
     label_anchors,
     mean_pooled,
     read_contexts,
-    whole,
     with_gists,
 )
 from llama import InputError, ragged, rotary_angles, rotate
@@ -360,7 +360,7 @@ def test_the_lecture_uses_the_trained_run_or_says_that_there_is_none(
 
 def test_a_row_is_pooled_alike_alone_and_beside_a_shorter_one():
     model = random_hyper().model
-    contexts = [whole(row) for row in EXAMPLES]
+    contexts = [keep_all(row) for row in EXAMPLES]
     together = mean_pooled(read_contexts(model, contexts), 9, model.config)
     assert together.offset.tolist() == [8, 9, 3, 9] and together.past_mask.sum(1).tolist() == [8, 9, 3, 9]
     for n, context in enumerate(contexts):
