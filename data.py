@@ -95,6 +95,11 @@ ROOM_FOR_QUERY = 32  # tokens of a downstream row that its target must leave to 
 class Formatter:
     """Turns episodes into rows of tokens within a budget.
 
+        row                          budget                   what is too long
+        instruction, examples,       context                  instruction: beyond half, cut at its end;
+        gists (or query, target)                              examples: left out whole, one by one
+        query, target                query_length             input: cut at its beginning; target: never
+
     context       most tokens of a row of examples, gists included
     query_length  most tokens of a query with its target
     end           what a target ends with: "eos", or "layout", what follows it where examples stand in a row
@@ -106,6 +111,10 @@ class Formatter:
     query_length: int
     end: str = "eos"
     left_out: Counter[str] = field(default_factory=Counter)
+
+    def counting(self, left_out: Counter[str]) -> "Formatter":
+        """The same, which counts here."""
+        return replace(self, left_out=left_out)
 
     def count(self, what: str, left_out: bool) -> None:
         self.left_out.update({what: 1, f"{what} left out": int(left_out)})

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import tasks
 from data import Episode, Formatter, Task, report
-from gist import Context, Gists, Rows, label_anchors, mean_pooled, nothing, read_contexts, whole
+from gist import Context, Gists, Rows, keep_all, label_anchors, mean_pooled, nothing, read_contexts
 from llama import InputError, Llama, causal_mask_after, generate, int_tensor, ragged
 
 # fmt: off
@@ -145,7 +145,7 @@ def shots_context(run: Run, episode: Episode, t: int) -> list[Context]:
     """All examples as they are: few-shot prompting."""
     episode = one_set(run, episode)
     room = run.args.context - longest_query(run.formatter, episode)
-    return [whole(run.formatter.context_tokens(episode, room))]
+    return [keep_all(run.formatter.context_tokens(episode, room))]
 
 
 def one_set(run: Run, episode: Episode) -> Episode:
@@ -178,7 +178,7 @@ def fewer_context(run: Run, episode: Episode, t: int) -> list[Context]:
     """A control: whole examples in as many raw tokens as there are gists; at least one."""
     bare = replace(episode, instruction="")
     one = run.formatter.context_tokens(replace(bare, shots=bare.shots[:1]))
-    return [whole(run.formatter.context_tokens(bare, budget=max(len(one), len(run.hyper.gists))))]
+    return [keep_all(run.formatter.context_tokens(bare, budget=max(len(one), len(run.hyper.gists))))]
 
 
 def task_context(run: Run, episode: Episode, t: int) -> int:
@@ -317,14 +317,14 @@ def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Enc
         longest = [row_length(p, c) if c else len(p) + MAX_NEW_TOKENS for p, c in zip(prompts, choices)]
         for chosen in token_batches([prefix.length + length for length in longest], most):
             rows = [asked[i][0] for i in chosen]
-            own = prefix[int_tensor(rows, run.device)]
-            some = [prompts[i] for i in chosen]
+            before = prefix[int_tensor(rows, run.device)]
+            batch = [prompts[i] for i in chosen]
             if choices[chosen[0]]:
-                best = choose(run, some, [choices[i] for i in chosen], own, adapter)
+                best = choose(run, batch, [choices[i] for i in chosen], before, adapter)
                 queries = [episodes[e].queries[q] for _, e, q in (asked[i] for i in chosen)]
                 texts = [query.choices[number] for query, number in zip(queries, best)]
             else:
-                texts = write_answers(run, episodes[part[0]], some, own, adapter)
+                texts = write_answers(run, episodes[part[0]], batch, before, adapter)
             for i, text in zip(chosen, texts):
                 answers[asked[i][1:]] = text
     return [answers[key] for key in sorted(answers)]
@@ -388,31 +388,30 @@ def draw_held_out(run: Run) -> HeldOut:
     """Draw the episodes. Done before training, so that a bad row or query is found in time."""
     args = run.args
     held_out = run.task.load(args, run.formatter, "test")
-    main = MAIN[args.method]
-    instruct = main.instruct or run.instruct
-    queries = Counter()
-    contexts = {"hyper": Counter(), "fewshot": Counter()}
+    instruct = MAIN[args.method].instruct or run.instruct
+    count = args.shots * run.hyper.compression.parts
+    left_out = Counter()
+    all_read = True
     shots = []
     episodes = [[] for _ in range(args.sets)]
     for t, task in enumerate(tqdm(held_out, desc="preparing held-out tasks", leave=False, delay=1)):
-        read = {name: [] for name in contexts}
         for n in range(args.sets):
-            drawn = task.evaluation(args.seed, n, args.shots * run.hyper.compression.parts, args.limit)
-            episodes[n].append(drawn)
+            episodes[n].append(task.evaluation(args.seed, n, count, args.limit))
+        for episode in episodes[0][t]:
+            encode_queries(run.formatter.counting(left_out), episode, instruct)
+        drawn = [episode for draw in episodes for episode in draw[t]]
+        shots.append({})
+        for name, context in (("hyper", gist_context), ("fewshot", shots_context)):
+            counts = Counter()
+            counting = replace(run, formatter=run.formatter.counting(counts))
             for episode in drawn:
-                if n == 0:
-                    encode_queries(replace(run.formatter, left_out=queries), episode, instruct)
-                for name, counts in contexts.items():
-                    own = Counter()
-                    counting = replace(run, formatter=replace(run.formatter, left_out=own))
-                    (gist_context if name == "hyper" else shots_context)(counting, episode, t)
-                    # (queries of shots_context are those counted above)
-                    read[name].append(own["shots"] - own["shots left out"])
-                    counts.update({key: own[key] for key in own if "shots" in key or "instructions" in key})
-        shots.append({name: fmean(values) for name, values in read.items()})
-    read_by_run = [contexts[name] for name in contexts if args.method in (name, "hyper")]
-    all_read = not any(counts["shots left out"] for counts in read_by_run)
-    return HeldOut(held_out, episodes, queries + contexts.get(args.method, Counter()), shots, all_read)
+                context(counting, episode, t)
+            shots[t][name] = (counts["shots"] - counts["shots left out"]) / len(drawn)
+            if args.method in (name, "hyper"):
+                all_read = all_read and not counts["shots left out"]
+            if args.method == name:  # (its queries are counted above)
+                left_out.update({what: n for what, n in counts.items() if "queries" not in what})
+    return HeldOut(held_out, episodes, left_out, shots, all_read)
 
 
 def digest(run: Run, column: Column, episodes: list[Episode], others: list[Episode], t: int) -> str:

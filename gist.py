@@ -298,7 +298,7 @@ def label_anchors(formatter, episode) -> Context:
     return Context(tokens, list(range(end - len(tokens), end)), kept)
 
 
-def whole(tokens: list[int]) -> Context:
+def keep_all(tokens: list[int]) -> Context:
     """A row of which every token is kept: few-shot prompting, as a prefix."""
     everything = list(range(len(tokens)))
     return Context(tokens, everything, everything)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Batch, Term
-from gist import read_contexts, whole
+from gist import keep_all, read_contexts
 from llama import InputError
 from run import option
 
@@ -83,7 +83,7 @@ def teacher_logits(hyper, batch: Batch) -> Tensor:
     T = batch.tokens.shape[1]
     # The examples have a BOS, so a query has none, as in the few-shot column (text has nothing else).
     bos = int((batch.select % T).min() > 0)
-    before = read_contexts(hyper.model, [whole(tokens) for tokens in contexts])
+    before = read_contexts(hyper.model, [keep_all(tokens) for tokens in contexts])
     past = before[batch.row].as_past(T - bos)
     select = batch.select - bos * (batch.select // T + 1)  # the same places in [N, T - bos]
     return hyper.model(batch.tokens[:, bos:], **past, select=select)[0].float()

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Batch, Formatter, Sample, collate
-from gist import HyperLlama, nothing, read_contexts, whole, with_gists
+from gist import HyperLlama, keep_all, nothing, read_contexts, with_gists
 from llama import Config, InputError, Tokenizer, reading
 from lora import save_tensors
 from run import Options, Run, option, portable, resolve_args, write_json
@@ -304,7 +304,7 @@ def losses(args: Options, hyper: HyperLlama, formatter: Formatter, gists: bool =
         tokens = batch.tokens[:size]
         targets = batch.targets.view(size + 1, -1)[:size, text.inner :]
         (rows,) = batch.context
-        full = read_contexts(hyper.model, [whole(tokens) for tokens in rows.tokens[:size, :-G].tolist()])
+        full = read_contexts(hyper.model, [keep_all(tokens) for tokens in rows.tokens[:size, :-G].tolist()])
         prefixes = {"none": nothing(device), "full": full}
         if gists:
             compressed = hyper.compress(rows)

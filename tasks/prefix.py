@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch, Episode, EpisodeBatches, Formatter, Sample, collate
-from gist import Compression, Context, Gists, Rows, label_anchors, mean_pooled, read_contexts, whole
+from gist import Compression, Context, Gists, Rows, keep_all, label_anchors, mean_pooled, read_contexts
 from llama import KV, InputError, Llama, positions_of, rotary_angles
 from run import Options, Run, all_options, load_adapters, load_base, option, read_args
 from run import restore as restore_hyper
@@ -226,7 +226,7 @@ def gists_of_run(run: Run, shots: list[Episode]) -> Gists:
 
 def first_tokens(run: Run, shots: list[Episode]) -> Gists:
     rows = [run.formatter.context_tokens(episode)[1 : run.args.gists + 1] for episode in shots]
-    return read_contexts(run.hyper.model, [whole(tokens) for tokens in rows])
+    return read_contexts(run.hyper.model, [keep_all(tokens) for tokens in rows])
 
 
 def anchors(run: Run, shots: list[Episode]) -> Gists:
@@ -238,7 +238,7 @@ def anchors(run: Run, shots: list[Episode]) -> Gists:
 
 def pooled(run: Run, shots: list[Episode]) -> Gists:
     model = run.hyper.model
-    rows = [whole(run.formatter.context_tokens(episode)) for episode in shots]
+    rows = [keep_all(run.formatter.context_tokens(episode)) for episode in shots]
     return mean_pooled(read_contexts(model, rows), run.args.gists, model.config)
 
 

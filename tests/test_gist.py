@@ -15,7 +15,7 @@ import data
 import llama
 from data import PLAIN, Batch, Example, Sample, Term, collate
 from further import lm, teacher
-from gist import HyperLlama, Rows, gist_mask, label_anchors, mean_pooled, read_contexts, whole
+from gist import HyperLlama, Rows, gist_mask, keep_all, label_anchors, mean_pooled, read_contexts
 from gist import with_gists
 from llama import InputError, ragged
 from lora import load_tensors, save_tensors
@@ -112,7 +112,7 @@ def test_where_a_prompt_is_bos_alone_the_teacher_keeps_it():
 
 
 def test_a_context_shorter_than_the_gists_is_pooled_as_it_is_also_beside_a_longer_one():
-    model, contexts = random_hyper().model, [whole(row) for row in EXAMPLES]
+    model, contexts = random_hyper().model, [keep_all(row) for row in EXAMPLES]
     together = mean_pooled(read_contexts(model, contexts), 9, model.config)
     assert together.offset.tolist() == [8, 9, 3, 9] and together.past_mask.sum(1).tolist() == [8, 9, 3, 9]
     for n, length in ((0, 8), (2, 3)):

@@ -18,7 +18,7 @@ import run
 import tasks.prefix
 import train as training
 from data import Example, Formatter
-from gist import HyperLlama, Rows, label_anchors, mean_pooled, read_contexts, whole
+from gist import HyperLlama, Rows, keep_all, label_anchors, mean_pooled, read_contexts
 from llama import InputError, rotary_angles, rotate
 from tasks.hyperpretrain import TextBatches
 from tasks.p3 import Prompt, Split, p3_tasks
@@ -581,7 +581,7 @@ def test_a_prefix_starts_from_the_keys_and_values_of_its_tasks_own_examples(init
             back = rotary_angles(torch.tensor([[-1]]), hyper.model.config)
             expected = [(rotate(k[:, :, 1:], back), v[:, :, 1:]) for k, v in expected]
         else:
-            rows = [whole(a_run.formatter.context_tokens(episode))]
+            rows = [keep_all(a_run.formatter.context_tokens(episode))]
             expected = mean_pooled(read_contexts(hyper.model, rows), 16, hyper.model.config).past
         differences = [a - b for ours, theirs in zip(prefix.past, expected) for a, b in zip(ours, theirs)]
         noise = torch.stack(differences).std().item()

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from data import Batch, Sample, collate
 from eval import columns, draw_held_out, score, score_choices
-from gist import HyperLlama, gist_mask, read_contexts, whole, with_gists
+from gist import HyperLlama, gist_mask, keep_all, read_contexts, with_gists
 from llama import KV, Config, InputError, Linear, Llama, Tokenizer, generate, load, positions_of
 from lora import NF4Linear, add_lora, linears
 from run import PROJECT, Parser, number, open_run, print_lines, run_command
@@ -306,7 +306,9 @@ def rank(args: Namespace) -> Iterator[Line]:
         return score_choices(hyper.model, prompts, options, hyper.compress(context)[same])
 
     def kept():
-        return score_choices(hyper.model, prompts, options, read_contexts(hyper.model, [whole(shots)])[same])
+        return score_choices(
+            hyper.model, prompts, options, read_contexts(hyper.model, [keep_all(shots)])[same]
+        )
 
     def rows():  # by transformers, the four options of a query as a batch
         peft, model, _ = their_model(args.scratch)
