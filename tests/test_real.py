@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REAL_DATA, ROOT, SCORED, SHORT, needs_real_data, random_llama, refusal, run, train
-from conftest import write_hf
+from conftest import REAL_DATA, ROOT, SCORED, SHORT, needs_real_data, random_hyper, random_llama, refusal, run
+from conftest import train, write_hf
 from safetensors.torch import load_file, save_file
 
+from gist import HyperLlama, Rows, with_gists
 from llama import InputError, Llama, RopeScaling, Tokenizer, generate, load
-from lora import NF4Linear
+from lora import NF4Linear, add_lora
+from tools import export
 
 REAL = Path(os.environ.get("HYPERLLAMA_REAL", "/nowhere"))
 needs_real_model = pytest.mark.skipif(not REAL.is_dir(), reason="HYPERLLAMA_REAL names no folder of a model")
@@ -64,6 +66,18 @@ def test_logits_with_scaled_frequencies_and_tied_embeddings_equal_those_of_trans
         plain = Llama(replace(ours.config, rope_scaling=None))
         plain.load_state_dict(ours.state_dict())
         assert (plain(tokens)[0] - ours(tokens)[0]).abs().max() > 0.1, "scaling matters here"
+
+
+def test_two_passes_equal_the_joint_pass_with_scaled_frequencies():
+    """Frequencies change, and scores still depend on differences of positions alone."""
+    hyper = random_hyper("downstream")
+    hyper.model.config = replace(hyper.model.config, rope_scaling=SCALING)
+    examples = [1, *range(5, 40)]
+    query = [1, 30, 31, 32]
+    row = torch.tensor([examples + hyper.gist_ids + query])
+    gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
+    two, _ = hyper.model(torch.tensor([query]), **gists.as_past(4, "downstream"))
+    torch.testing.assert_close(two[0], hyper.joint(row)[0, -4:], atol=1e-5, rtol=1e-5)
 
 
 def test_tied_embeddings_are_one_parameter_loaded_with_or_without_a_copy_and_never_quantized(tmp_path):
@@ -161,10 +175,14 @@ def real():
 TEXT = "The capital of France is Paris, and the capital of Italy is"
 
 
-@needs_real_model
-def test_a_real_model_has_the_logits_and_the_text_of_transformers(real):
+@pytest.fixture(scope="module")
+def theirs():
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
+
+
+@needs_real_model
+def test_a_real_model_has_the_logits_and_the_text_of_transformers(real, theirs):
     model, tokenizer = real
     ids = [tokenizer.bos, *tokenizer.encode(TEXT)]
     with torch.no_grad():
@@ -228,3 +246,47 @@ def test_a_saved_prefix_opens_in_peft_with_our_logits(tmp_path, variant):
     torch.testing.assert_close(ours, theirs[:, -ids.shape[1] :], atol=1e-4, rtol=1e-4)
     (tmp_path / "cartridge" / "thesis.txt").write_text("precious")
     assert "isn't replaced" in refusal(*to_peft, program="export")
+
+
+@needs_real_model
+def test_two_passes_equal_the_joint_pass_in_a_real_model(real):
+    tokenizer, model, generator = real[1], load(REAL), torch.Generator().manual_seed(0)
+    add_lora(model, "hyper", 4, 8, generator, keys_values_only=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            parameter.data.normal_(0, 0.02, generator=generator)
+    words = model.embed_tokens.weight[torch.randperm(49152, generator=generator)[:16]]
+    hyper = HyperLlama(model, words)
+    examples = [tokenizer.bos, *tokenizer.encode("\nInput:\nhot\nOutput:\ncold\nInput:\nup\nOutput:\ndown")]
+    query = [tokenizer.bos, *tokenizer.encode("\nInput:\nbig\nOutput:\n")]
+    with torch.no_grad():
+        gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
+        two, _ = model(torch.tensor([query]), **gists.as_past(len(query)))
+        joint = hyper.joint(torch.tensor([examples + hyper.gist_ids + query]))[:, -len(query) :]
+    torch.testing.assert_close(two, joint, atol=2e-3, rtol=1e-4)
+
+
+@needs_real_model
+def test_a_prefix_of_a_real_model_answers_in_transformers(real, theirs, tmp_path):
+    """The README's generate snippet."""
+    from transformers import DynamicCache
+
+    model, tokenizer = real
+    words = model.embed_tokens.weight[:16]
+    hyper = HyperLlama(model, words, None)
+    examples = [tokenizer.bos, *tokenizer.encode("\nInput:\nhot\nOutput:\ncold")]
+    with torch.no_grad():
+        gists = hyper.compress(Rows.of([with_gists(examples, hyper.gist_ids)]))
+    export.save_gists(tmp_path / "g.safetensors", gists, {})
+    saved = load_file(tmp_path / "g.safetensors")
+    cache = DynamicCache()
+    for i in range(model.config.layers):
+        cache.update(saved[f"{i}.key"], saved[f"{i}.value"], i)
+    prompt = [tokenizer.bos, *tokenizer.encode("\nInput:\nbig\nOutput:\n")]
+    ids = torch.tensor([[0] * 16 + prompt])
+    out = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=8, do_sample=False
+    )
+    new = out[0, ids.shape[1] :].tolist()
+    ours = generate(model, [prompt], 8, tokenizer.eos, **gists.as_past(len(prompt)))[0]
+    assert ours == [t for t in new if t != tokenizer.eos]
