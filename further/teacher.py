@@ -5,7 +5,8 @@
     --weight-by-context   a target counts by what the full context is worth for it, in nats ("token
                           importance", arXiv 2412.17483)
 
-A teacher helps where it is better than its pupil: RESULTS.md, "What helps".
+RESULTS.md, "What helps": distillation brings nothing here, not even from the base, whose answers with the
+examples in context are far better than its pupil's.
 """
 
 import os
