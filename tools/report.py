@@ -118,6 +118,7 @@ def curves(runs: list[Path], by: str | None) -> tuple[Points, str, dict]:
     kinds = set()
     options = [read_args(run) for run in runs]
     named = {"task", "method", "downstream", "init", "seed", "run", by} | names_of("place", "eval")
+    named |= names_of("course") - {"steps"}  # (how a run is watched makes no other curve)
     others = [name for name in options[0] if name not in named]
     differs = [name for name in others if len({str(args[name]) for args in options}) > 1]
     for run, args in zip(runs, options):
