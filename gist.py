@@ -313,7 +313,7 @@ def read_contexts(model: Llama, contexts: Sequence[Context], adapter: str | None
 
 
 def mean_pooled(prefix: Gists, count: int, config: Config) -> Gists:
-    """Keys and values of whole rows, averaged over `count` stretches of each (over fewer where a row is shorter).
+    """Keys and values of whole rows, averaged over `count` stretches of each (fewer where a row is shorter).
 
     Nothing is learned. Keys are averaged as they were before their rotation (rotated ones from different
     positions would cancel out), and then rotated for the positions at which gists stand, 0 … count - 1.

@@ -561,7 +561,7 @@ def _read_meta(
 
 
 def tokenizer_of(folder: Path) -> Path | None:
-    """The folder's own tokenizer.model or tokenizer.json; else the tokenizer.model beside it, as Meta ships it."""
+    """The folder's own tokenizer.model or tokenizer.json; else the one beside it, where Meta ships it."""
     candidates = (
         folder / "tokenizer.model",
         folder / "tokenizer.json",

@@ -97,7 +97,7 @@ class Options:
     # how it is evaluated
     controls: bool = option(True, role="eval", help="also no prefix, another task's, …")
     sets: int = option(kind=int, least=1, role="eval", help="draws of examples, for mean and spread")
-    limit: int = option(0, role="eval", help="rows of a held-out task to score (all)")
+    limit: int = option(0, role="eval", help="rows of a held-out task to score (0: all)")
     score: str = option("sum", choices=("sum", "mean"), role="eval", help="of a choice's token log-probs")
     eval_tokens: int = option(8192, least=1, role="eval", help="tokens in memory at a time when evaluating")
     average: int = option(kind=int, least=1, role="parts", help="average the gists of N sets of examples")
@@ -300,7 +300,8 @@ def read_args(folder: Path) -> dict:
             if f.metadata["kind"] is Path and value:
                 setattr(args, f.name, str(PROJECT / value))
         tasks.find(args.task)
-        Path(args.model, args.data)  # these are never null
+        if args.model is None or args.data is None:
+            raise ValueError("model or data = null")
     return {f.name: getattr(args, f.name) for f in fields(args)}
 
 

@@ -153,9 +153,9 @@ low-rank updates, in about as many bytes as the keys and values of sixteen; chai
 of the second sixteen see those of the first; anchors: no gists, the prefix is read at the last token of each
 example, and training starts from the column "label anchors". The teacher of "C distill" is C itself with the
 examples in context, see its column 16-shot.""",
-    "gists": """P3 as above, from C with the first of its gists, 300 steps each: the same sixteen examples, about
-378 tokens, in fewer gists. Mean-pooled and fewer shots are those of as many positions; label anchors have
-seventeen.""",
+    "gists": """P3 as above, from C with the first of its gists, 300 steps each: the same sixteen examples,
+about 378 tokens, in fewer gists. Mean-pooled and fewer shots are those of as many positions; label anchors
+have seventeen.""",
     "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples.""",
 }
 PICTURES = {  # table -> picture -> caption
