@@ -346,7 +346,7 @@ def write_answers(run: Run, episode: Episode, prompts, prefix: Gists, adapter: s
     past = prefix.as_past(max(map(len, prompts)), adapter)
     until = tokenizer.encode(episode.layout.end)
     rows = generate(run.hyper.model, prompts, MAX_NEW_TOKENS, tokenizer.eos, until, **past)
-    # (A token may hold the end of an answer and the beginning of `until`, as ".\n\n" does. The text shows it.)
+    # (A token may hold the end of an answer and the beginning of `until`, as ".\n\n" does.)
     return [tokenizer.decode(row).partition(episode.layout.end)[0].strip() for row in rows]
 
 
