@@ -31,6 +31,10 @@ Updates = dict[
 
 
 def check(args) -> None:
+    if args.task == "hyperpretrain":
+        raise InputError(
+            "--emit lora belongs to tasks: a hyperpretrained checkpoint has no room for its heads"
+        )
     if args.gists % 2:
         raise InputError(
             "--emit lora needs an even number of gists: half of them for q_proj, half for v_proj"

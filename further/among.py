@@ -15,7 +15,7 @@ terms = None  # the loss stays as it is
 
 
 def check(args) -> None:
-    if args.gists_every > args.shots and args.task != "symbol":  # (whose shots are per class)
+    if args.shots and args.gists_every > args.shots and args.task != "symbol":  # (shots per class)
         raise InputError(f"--gists-every {args.gists_every}: there are only {args.shots} --shots")
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from data import Batch, Term
 from llama import InputError, int_tensor
 from run import option
+from tasks.hyperpretrain import words_of
 
 OPTIONS = {"lm": option(0.0, help="hyperpretrain: weight of ordinary language modelling on the same text")}
 compression = None  # the prefix stays as it is
@@ -25,20 +26,21 @@ def terms(run, terms: list[Term]) -> list[Term]:
     if not run.args.lm:
         return terms
 
+    vocab = run.hyper.model.config.vocab
+
     def loss(hyper, batch: Batch, gists, logits) -> Tensor:
-        text = whole_text(batch)
+        text = whole_text(batch, vocab)
         logits, _ = hyper(text)
         return cross_entropy(logits.float(), text.targets, reduction="sum")
 
-    return [*terms, Term(run.args.lm, lambda batch: len(whole_text(batch).targets), loss, "lm")]
+    return [*terms, Term(run.args.lm, lambda batch: len(whole_text(batch, vocab).targets), loss, "lm")]
 
 
-def whole_text(batch: Batch) -> Batch:
+def whole_text(batch: Batch, vocab: int) -> Batch:
     """BOS A B C D as rows without anything to compress. Contexts are BOS A D and gists, targets B C."""
-    (rows,) = batch.context
-    B, T = rows.tokens.shape
-    outer = (T - rows.kept.shape[1] - 1) // 2
-    bos, a, d = rows.tokens[:, : -rows.kept.shape[1]].split([1, outer, outer], dim=1)
+    words = words_of(batch.context[0], vocab)
+    B, T = words.shape
+    bos, a, d = words.split([1, (T - 1) // 2, (T - 1) // 2], dim=1)
     text = torch.cat((a, batch.targets.view(B, -1), d), dim=1)
     tokens = torch.cat((bos, text[:, :-1]), dim=1)
     select = torch.arange(tokens.numel(), device=tokens.device)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Batch, Formatter, Sample, collate
-from gist import HyperLlama, keep_all, nothing, read_contexts, with_gists
+from gist import Compression, HyperLlama, Rows, keep_all, nothing, read_contexts
 from llama import Config, InputError, Tokenizer, reading
 from lora import save_tensors
 from run import Options, Run, option, portable, resolve_args, write_json
@@ -36,12 +37,15 @@ from tasks.rows import as_text, existing, map_file, parse_line
 FOLDER = "text"
 MODEL = "llama"
 METRIC = "loss"
-WAYS = False
+ONE_SET = True
 OPTIONS = {
     "in_order": option(False, help="hyperpretrain: read the files of text one after the other, by name"),
     "shortest_context": option(
         0,
         help="hyperpretrain: each step draws its context's length, from this to --context (always --context)",
+    ),
+    "fewest_gists": option(
+        0, help="hyperpretrain: each step draws how many of the gists it has, from this on (always all)"
     ),
     "held_out": option(
         kind=Path,
@@ -72,6 +76,10 @@ def check(args: Options) -> None:
         raise InputError(
             f"--shortest-context {args.shortest_context} must not exceed --context {args.context}"
         )
+    if args.fewest_gists > args.gists:
+        raise InputError(f"--fewest-gists {args.fewest_gists} must not exceed --gists {args.gists}")
+    if args.fewest_gists and args.anchors:
+        raise InputError("--fewest-gists: --anchors have no gists")
 
 
 def build(args: Options) -> HyperLlama:
@@ -101,9 +109,11 @@ def batches(run: Run) -> "TextBatches":
         args.data,
         run.formatter,
         run.hyper.gist_ids,
+        run.hyper.compression,
         rows,
         args.steps * rows * args.in_order,
         args.shortest_context,
+        args.fewest_gists,
     )
     text(args.seed, range(WINDOWS), test=True)  # what can't be read for evaluation is found before training
     return text
@@ -122,6 +132,23 @@ def watched(run: Run) -> Run | None:
     return Run(probe, run.hyper, Formatter(run.formatter.tokenizer, probe.context, probe.query_length))
 
 
+STRETCHES = 16  # of A and D, where a chapter of further/ asks for examples one by one
+
+
+class TextContext(NamedTuple):
+    """A and D, where gist.Compression has a formatter and its episode. The episode is their tokens."""
+
+    tokenizer: Tokenizer
+
+    def context_tokens(self, text: list[int], reserved: int = 0) -> list[int]:
+        return [self.tokenizer.bos, *text]
+
+    def context_parts(self, text: list[int], reserved: int = 0) -> tuple[list[int], list[list[int]]]:
+        """BOS, and stretches of about equal length in place of examples."""
+        cuts = [len(text) * n // STRETCHES for n in range(STRETCHES + 1)]
+        return [self.tokenizer.bos], [text[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
+
+
 class TextBatches:
     """Segments A B C D of text: A and D are compressed, B C is predicted after their gists (Section 5).
 
@@ -133,6 +160,7 @@ class TextBatches:
     in_order  so many rows take the files one after the other, by name; 0: each row draws a file
     shortest  a training step's context has a length between this and the formatter's context, drawn for the
               step: what is to be read later has all lengths, too. 0: the formatter's, always
+    fewest    a training step has so many gists or more, few as often as many; 0: all, always
     """
 
     def __init__(
@@ -140,9 +168,11 @@ class TextBatches:
         folder: str | Path,
         formatter: Formatter,
         gist_ids: Sequence[int],
+        compression: Compression = Compression(),
         rows: int = 1,
         in_order: int = 0,
         shortest: int = 0,
+        fewest: int = 0,
     ):
         folder = existing(folder)
         paths = (path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
@@ -151,6 +181,8 @@ class TextBatches:
             raise InputError(f"{folder}: no .jsonl or .jsonl.gz files with text")
         self.formatter = formatter
         self.gist_ids = gist_ids
+        self.compression = compression
+        self.fewest = fewest or len(gist_ids)
         self.rows = rows
         self.in_order = in_order
         self.shortest = shortest or formatter.context
@@ -258,17 +290,27 @@ class TextBatches:
         return collate([self.sample(seed, number, test) for number in numbers])
 
     def sample(self, seed: int, number: int, test: bool) -> Sample:
-        context = self.formatter.context
+        length = self.formatter.context
+        gists = len(self.gist_ids)
         if not test:
-            context = random.Random(f"{seed} step {number // self.rows}").randint(self.shortest, context)
-        outer = self.outer(context)
+            of_step = random.Random(f"{seed} step {number // self.rows}")
+            length = of_step.randint(self.shortest, length)
+            # A gist alone is as frequent as 2 and 3 together, as 4 to 7, as 8 to 15.
+            gists = int(self.fewest * ((gists + 1) / self.fewest) ** of_step.random())
+        outer = self.outer(length)
         end_of_c = outer + 2 * self.inner
         rng = random.Random(f"{'test ' * test}{seed} {number}")
         tokens = self.window(rng, end_of_c + outer, test, number)
-        bos = self.formatter.tokenizer.bos
+        tokenizer = self.formatter.tokenizer
         a_and_d = tokens[:outer] + tokens[end_of_c:]
         b_and_c = tokens[outer:end_of_c]
-        return Sample([with_gists([bos, *a_and_d], self.gist_ids)], [([bos], b_and_c)])
+        context = self.compression.contexts(TextContext(tokenizer), a_and_d, self.gist_ids[:gists])
+        return Sample(context, [([tokenizer.bos], b_and_c)])
+
+
+def words_of(rows: Rows, vocab: int) -> Tensor:
+    """BOS A D without their gists [B, T]: all rows of a batch are equally long."""
+    return rows.tokens[rows.tokens < vocab].view(len(rows.tokens), -1)
 
 
 def text_of(data: mmap.mmap | bytes, start: int, stop: int, path: Path) -> str:
@@ -291,8 +333,7 @@ def losses(args: Options, hyper: HyperLlama, formatter: Formatter, gists: bool =
 
     With the gists of A and D, with another text's, without, and with A and D in full.
     """
-    text = TextBatches(args.data, formatter, hyper.gist_ids)
-    G = len(hyper.gists)
+    text = TextBatches(args.data, formatter, hyper.gist_ids, hyper.compression)
     device = hyper.gists.device
     losses_of: dict[str, list[float]] = {}
     count = min(WINDOWS, args.limit or WINDOWS)
@@ -303,11 +344,11 @@ def losses(args: Options, hyper: HyperLlama, formatter: Formatter, gists: bool =
         batch = text(args.seed, range(start, start + size + 1), test=True).to(device)
         tokens = batch.tokens[:size]
         targets = batch.targets.view(size + 1, -1)[:size, text.inner :]
-        (rows,) = batch.context
-        full = read_contexts(hyper.model, [keep_all(tokens) for tokens in rows.tokens[:size, :-G].tolist()])
+        words = words_of(batch.context[0], hyper.model.config.vocab)
+        full = read_contexts(hyper.model, [keep_all(row) for row in words[:size].tolist()])
         prefixes = {"none": nothing(device), "full": full}
         if gists:
-            compressed = hyper.compress(rows)
+            compressed = hyper.compression.prefix(hyper, batch.context)
             own = torch.arange(size, device=device)
             prefixes |= {"gists": compressed[own], "other": compressed[own + 1]}
         for name, prefix in prefixes.items():

@@ -59,6 +59,8 @@ HELD_OUT = "equivalence.py::test_no_held_out_task_of_the_miniature_is_trained_on
 HELD_OUT_BY_NAME = "equivalence.py::test_held_out_datasets_are_told_by_name_where_no_lists_say_which"
 APART = "equivalence.py::test_the_log_tells_the_loss_of_labels_from_that_of_their_ends"
 LENGTHS = "tasks.py::test_a_steps_contexts_have_one_length_that_is_drawn_between_the_shortest_and_the_longest"
+DRAWN = "tasks.py::test_a_step_draws_how_many_of_the_gists_it_has"
+STRETCHES = "tasks.py::test_text_is_compressed_in_stretches_where_tasks_have_examples"
 OWN_EXAMPLES = "equivalence.py::test_no_query_is_among_its_own_examples"
 MASK = "gist.py::test_the_mask_of_a_small_row_is_what_the_paper_draws"
 NUMBERS = "data.py::test_a_row_depends_on_the_seed_and_its_number_alone"
@@ -184,6 +186,12 @@ MUTANTS = [
     run = run'''),
     Mutant("a length of context for each row", "tasks/hyperpretrain.py", [LENGTHS],
         "{seed} step {number // self.rows}", "{seed} step {number}"),
+    Mutant("a number of gists for each row", "tasks/hyperpretrain.py", [DRAWN],
+        "** of_step.random()", "** random.Random(number).random()"),
+    Mutant("the last of the gists in place of the first", "tasks/hyperpretrain.py", [DRAWN],
+        "self.gist_ids[:gists]", "self.gist_ids[-gists:]"),
+    Mutant("stretches of text that overlap", "tasks/hyperpretrain.py", [f"{STRETCHES}[gists_every]"],
+        "zip(cuts, cuts[1:]) if a < b]", "zip(cuts, cuts[2:]) if a < b]"),
     Mutant("losses of labels and ends mixed up", "train.py", [APART],
         '(("label", False), ("end", True))',
         '(("label", True), ("end", False))'),

@@ -18,7 +18,8 @@ import run
 import tasks.prefix
 import train as training
 from data import Example, Formatter
-from gist import HyperLlama, Rows, keep_all, label_anchors, mean_pooled, read_contexts
+from further import lm
+from gist import Compression, HyperLlama, Rows, keep_all, label_anchors, mean_pooled, read_contexts
 from llama import InputError, rotary_angles, rotate
 from tasks.hyperpretrain import TextBatches
 from tasks.p3 import Prompt, Split, p3_tasks
@@ -462,6 +463,51 @@ def test_a_steps_contexts_have_one_length_that_is_drawn_between_the_shortest_and
     assert all(len(step) == 1 for step in steps) and drawn == [*lengths(range(3)), *lengths(range(3, 400))]
     assert {min(drawn), max(drawn)} == {21, 59} and len(set(drawn)) == 20, "A and D are equally long"
     assert set(lengths(range(9), test=True)) == {59}, "evaluation reads the longest"
+
+
+def test_a_step_draws_how_many_of_the_gists_it_has(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "fox owl " * 200}) + "\n") * 40)
+    gist_ids = list(range(2000, 2008))
+    batches = TextBatches(tmp_path, Formatter(tokenizer, 60, 21), gist_ids, rows=4, fewest=2)
+
+    def gists(number: int, test: bool = False) -> tuple[int, ...]:
+        (context,) = batches.sample(0, number, test).context
+        return tuple(context.tokens[i] for i in context.kept)
+
+    drawn = [gists(number) for number in range(800)]
+    assert all(len(set(drawn[start : start + 4])) == 1 for start in range(0, 800, 4)), "equal in a step"
+    assert set(drawn) == {tuple(gist_ids[:n]) for n in range(2, 9)}, "the first of them, and two at least"
+    few = sum(len(kept) < 4 for kept in drawn)
+    assert 0.35 < few / 800 < 0.6, "2 and 3 as often as 4 to 8"
+    assert {gists(number, test=True) for number in range(9)} == {tuple(gist_ids)}, "evaluation has all"
+
+
+@pytest.mark.parametrize("way", ["gists_every", "gists_spread", "anchors"])
+def test_text_is_compressed_in_stretches_where_tasks_have_examples(tokenizer, tmp_path, way):
+    """Another place for the prefix changes neither A B C D nor what language modelling reads of them."""
+    lines = [
+        json.dumps({"text": "".join(f" {word}" for word in whole_words(tokenizer)[n : n + 90])})
+        for n in range(40)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    formatter = Formatter(tokenizer, 73, 21)  # 4 gists, BOS, and 68 tokens in sixteen stretches of 4 or 5
+    args = run.all_options()(task="hyperpretrain", **{way: 4})
+    V = 2000
+    plain, other = (
+        TextBatches(tmp_path, formatter, range(V, V + 4), compression)(0, range(3))
+        for compression in (Compression(), run.compression_of(args))
+    )
+    assert other.targets.equal(plain.targets) and other.tokens.equal(plain.tokens)
+    assert lm.whole_text(other, V).targets.equal(lm.whole_text(plain, V).targets)
+    (rows,) = other.context
+    ends = [0, *(68 * n // 16 for n in range(1, 17))]  # of BOS, and of each stretch
+    expected = {
+        "gists_every": [17 * n + n for n in (1, 2, 3, 4)],  # a gist after each fourth stretch
+        "gists_spread": [69, 70, 71, 72],
+        "anchors": ends,
+    }[way]
+    assert rows.kept.tolist() == [expected] * 3
+    assert int(rows.offset[0]) == len(expected)
 
 
 def pairs_in(text: str) -> list[tuple[set[str], str]]:

@@ -260,6 +260,18 @@ def test_a_hyperpretrained_model_can_be_used(tmp_path):
     assert torch.equal(running.open_run(args).hyper.gists, gists)
 
 
+def test_hyperpretraining_with_gists_among_the_text_is_measured_and_evaluated_with_them_there(tmp_path):
+    out = tmp_path / "c"
+    options = "--steps 1 --measure 1 --limit 2 --gists-every 4 --fewest-gists 2 --lm 0.5"
+    run(*TEXT, options, "--held-out", FEW_TASKS, "--out", out)
+    assert [line["step"] for line in log_of(out) if "score" in line] == [0, 1]
+    before = results(out)
+    run(out, "--limit 2", program="eval")
+    assert results(out)["average"] == before["average"]
+    run(*TEXT, options.replace("--gists-every 4", ""), "--held-out", FEW_TASKS, "--out", tmp_path / "end")
+    assert results(tmp_path / "end")["average"] != before["average"]
+
+
 def state_of(step: int) -> int:
     """Moments of writing until its state, the first, is in place: args.json, log, lines, state; two each."""
     return 6 + 2 * step
@@ -466,7 +478,11 @@ BAD = [
     ("--task hyperpretrain --data EMPTY", "no .jsonl"),
     ("--task hyperpretrain --quantize", "--quantize has no meaning"),
     ("--task hyperpretrain --downstream lora", "--downstream has no meaning"),
-    ("--task hyperpretrain --chain 2", "belongs to a hypernetwork that is trained on tasks"),
+    ("--task hyperpretrain --chain 2", "one set of examples"),
+    ("--task hyperpretrain --emit lora", "no room for its heads"),
+    ("--task hyperpretrain --fewest-gists 17", "must not exceed --gists 16"),
+    ("--task hyperpretrain --fewest-gists 2 --anchors", "--anchors have no gists"),
+    ("--fewest-gists 2", "belongs to --task hyperpretrain"),
     ("--model NOTHING", "no such folder"),
     ("--model EMPTY", "not a Llama checkpoint"),
     ("--model SMALL", "tokenizer.model"),

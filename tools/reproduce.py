@@ -43,9 +43,17 @@ HELPS = {  # what the literature since then found to help
     "C chain of 2": f"{C} --chain 2",
     "C emit lora": f"{C} --emit lora --gists 8",
 }
-TWO_FILES = ALL / "two-files"  # of tiny/text: those without the layout of any task
+FILES = {"two-files": "[12]-*", "third-file": "3-*"}  # of tiny/text; the first two have no task's layout
+FURTHER = f"--task hyperpretrain {C} --data {ALL}/third-file --steps 300 --lr 3e-3 --gist-lr 1e-3 --measure 3"
 ROWS = {  # table -> row -> options of train.py, or of eval.py where the model stays untouched ("plain")
-    "layout": {"C of two files": f"--task hyperpretrain --data {TWO_FILES} --steps 1330 --measure 7"},
+    "layout": {
+        "C of two files": f"--task hyperpretrain --data {ALL}/two-files --steps 1330 --measure 7",
+        "C further": FURTHER,
+        "C further, drawn": f"{FURTHER} --fewest-gists 1",
+        "C further, every 4": f"{FURTHER} --gists-every 4",
+        "C further, spread": f"{FURTHER} --gists-spread",
+        "C further, anchors": f"{FURTHER} --anchors",
+    },
     "p3": {
         "HyperLlama": f"--task p3 {BASE} --measure 0",
         "C": f"--task p3 {C}",
@@ -80,6 +88,16 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "C": f"--task symbol {C}",
     },
     "gists": {f"{n} gists": f"--task p3 {C} --gists {n} --measure 0" for n in (1, 2, 4, 8)},
+    "drawn": {
+        f"{n} gists": f"--task p3 --model {ALL}/layout/C_further,_drawn/seed0 --gists {n} --measure 0"
+        for n in (1, 2, 4, 8, 16)
+    },
+    "places": {
+        "at the end": f"--task p3 --model {ALL}/layout/C_further/seed0 --measure 0",
+        "every 4": f"--task p3 --model {ALL}/layout/C_further,_every_4/seed0 --gists-every 4 --measure 0",
+        "spread": f"--task p3 --model {ALL}/layout/C_further,_spread/seed0 --gists-spread --measure 0",
+        "anchors": f"--task p3 --model {ALL}/layout/C_further,_anchors/seed0 --anchors --measure 0",
+    },
     "shots": {f"{n} examples": f"--task p3 {C} --shots {n} --measure 0" for n in (1, 2, 4, 8)},
 }
 ORDERS = {  # what the paper finds: the first row above the second
@@ -285,9 +303,10 @@ def main() -> None:
     os.chdir(PROJECT)
     if shutil.disk_usage(".").free < 2 << 30:
         raise InputError("less than 2 GB of disk are free")
-    TWO_FILES.mkdir(parents=True, exist_ok=True)
-    for path in Path("tiny/text").glob("[12]-*"):
-        shutil.copyfile(path, TWO_FILES / path.name)
+    for name, files in FILES.items():
+        (ALL / name).mkdir(parents=True, exist_ok=True)
+        for path in Path("tiny/text").glob(files):
+            shutil.copyfile(path, ALL / name / path.name)
     with ThreadPoolExecutor(asked.jobs) as pool:
         for table in asked.only:  # one after the other: prefixes start from runs of P3
             rows = ROWS[table].items()
