@@ -595,7 +595,7 @@ def check_belongs(path: Path, metadata: dict[str, str], hyper: HyperLlama) -> No
 
 def restore(args: Options, folder: Path) -> HyperLlama:
     """The model as a finished run left it."""
-    return load_adapters(build(args), folder)
+    return load_adapters(tasks.find(args.task).build(args), folder)
 
 
 # ---------------------------------------------------------------------------------- several processes

@@ -95,7 +95,7 @@ def main() -> None:
     if world > 1:
         dist.barrier()
         task.shard(run.hyper)
-    task.start(run, held_out and held_out.tasks, out, train)
+    task.start(run, out, train)
 
     train(run, batches, out, watched, held_out)
 

@@ -4,9 +4,8 @@
     METRIC           "accuracy" (choices are ranked) or "rougeL" (answers are generated)
     DEFAULTS         options by size of model: {"tiny": {…}, "large": {…}}
     load(args, formatter, split)   its tasks (data.Task) to train on ("train"), or the held-out ones ("test")
-    score(answer, query)           of one answer, in percent
 
-What a file leaves out is taken from defaults.py.
+What a file leaves out is taken from defaults.py, as score(answer, query).
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """What a task is where its own file (p3.py, …) says nothing else."""
 
 import run
-from data import PLAIN, Episode, EpisodeBatches
+from data import PLAIN, Episode, EpisodeBatches, Example
 
 OPTIONS = {}  # its own options: name -> run.option(…)
 WITHOUT = ("instruction_downstream",)  # options that mean nothing to it
@@ -16,6 +16,11 @@ prefix_of = (
 build = run.build
 restore = run.restore
 save = run.save_adapters
+
+
+def score(answer: str, query: Example) -> float:
+    """Of one answer, in percent."""
+    return 100.0 * (answer == query.target)
 
 
 def check(args) -> None:
@@ -46,5 +51,5 @@ def shard(hyper) -> None:
     """Divide the model among processes, where all of it is trained."""
 
 
-def start(a_run, tasks, out, train) -> None:
-    """What a prefix starts from (prefix tuning)."""
+def start(a_run, out, train) -> None:
+    """What has to be trained before the run itself (prefix tuning)."""

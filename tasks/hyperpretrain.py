@@ -268,7 +268,7 @@ class TextBatches:
         start, end = (self.borders[n], self.sizes[n]) if test else (0, self.borders[n])
         line = data.find(b"\n", rng.randrange(start, end), end) + 1 or start  # the beginning of some line
         tokens: list[int] = []
-        for _ in range(needed + 1):
+        while True:
             line = start if line >= end else line
             while not data[line : (stop := data.find(b"\n", line, end) + 1 or end)].strip():  # a blank line
                 line = start if stop >= end else stop
@@ -283,7 +283,6 @@ class TextBatches:
             if len(tokens) > needed:
                 return tokens[:needed]
             line = stop
-        raise InputError(f"{self.paths[n]}: its texts are empty")
 
     def __call__(self, seed: int, numbers: Sequence[int], test: bool = False) -> Batch:
         """The rows of a run with these numbers. Each is a pure function of (seed, number)."""
@@ -328,12 +327,11 @@ WINDOWS = 128  # stretches of text to evaluate on
 
 
 @torch.no_grad()
-def losses(args: Options, hyper: HyperLlama, formatter: Formatter, gists: bool = True) -> dict[str, float]:
+def losses(args: Options, hyper: HyperLlama, text: TextBatches, gists: bool = True) -> dict[str, float]:
     """Loss per token on C after B, on held-out text.
 
     With the gists of A and D, with another text's, without, and with A and D in full.
     """
-    text = TextBatches(args.data, formatter, hyper.gist_ids, hyper.compression)
     device = hyper.gists.device
     losses_of: dict[str, list[float]] = {}
     count = min(WINDOWS, args.limit or WINDOWS)
@@ -371,8 +369,9 @@ def evaluate(run: Run) -> tuple[dict, list[list[str]]]:
     """
     args = run.args
     began = time.monotonic()
-    now = losses(args, run.hyper, run.formatter)
-    before = losses(args, build(args).requires_grad_(False), run.formatter, gists=False)
+    text = TextBatches(args.data, run.formatter, run.hyper.gist_ids, run.hyper.compression)
+    now = losses(args, run.hyper, text)
+    before = losses(args, build(args).requires_grad_(False), text, gists=False)
     kept = 100 * (now["none"] - now["gists"]) / (now["none"] - now["full"])
     lines = [
         [
@@ -428,14 +427,11 @@ def shard(hyper: HyperLlama) -> None:
     fully_shard(hyper, mesh=mesh, mp_policy=policy)
 
 
-def hf_name(name: str) -> str:
-    """Hugging Face's name of one of our tensors."""
-    return name if name.startswith("lm_head") else f"model.{name}"
-
-
 def save_checkpoint(folder: Path, c: Config, tensors: dict[str, Tensor], bos: int = 1, eos: int = 2) -> None:
     """A Hugging Face folder, in bfloat16."""
-    weights = {hf_name(name): t.bfloat16() for name, t in tensors.items()}
+    weights = {
+        name if name.startswith("lm_head") else f"model.{name}": t.bfloat16() for name, t in tensors.items()
+    }
     save_tensors(folder / "model.safetensors", weights, {"format": "pt"})
     write_config(folder, c, bos, eos)
 

@@ -36,10 +36,6 @@ DEFAULTS = {
 }
 
 
-def score(answer: str, query: Example) -> float:
-    return 100.0 * (answer == query.target)
-
-
 def load(args, formatter: Formatter, split: str) -> list["Prompt"]:
     return p3_tasks(args.data, split)
 

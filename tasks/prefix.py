@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data import Batch, Episode, EpisodeBatches, Formatter, Sample, collate
 from gist import Compression, Context, Gists, Rows, keep_all, label_anchors, mean_pooled, read_contexts
 from llama import KV, InputError, Llama, positions_of, rotary_angles
-from run import Options, Run, all_options, load_adapters, load_base, option, read_args
-from run import restore as restore_hyper
+from run import Options, Run, all_options, load_adapters, load_base, option, read_args, restore
 from tasks import p3
 
 FOLDER = "P3"
@@ -38,13 +38,12 @@ OPTIONS = {
         kind=Path, help="prefix: a finished run whose hypernetwork makes the prefixes to start from"
     ),
 }
-WITHOUT = ("method", "downstream", "optimizer", "instruction_downstream")
+WITHOUT = ("method", "downstream", "optimizer", "instruction_downstream", "rank", "alpha", "gist_lr")
 DEFAULTS = {
     "large": p3.DEFAULTS["large"] | {"steps": 3000, "lr": 3e-3, "measure": 10, "init": "hyper"},
     "tiny": p3.DEFAULTS["tiny"]  # a small budget tells starts apart
     | {"steps": 100, "batch_size": 2, "lr": 3e-2, "measure": 10, "init": "hyper"},
 }
-score = p3.score
 MLP_LR = 0.1  # an MLP that makes a prefix learns at this share of the rate of a flat prefix
 HIDDEN = 512  # most hidden units of the MLP that makes a prefix
 
@@ -61,18 +60,6 @@ def check(args: Options) -> None:
         raise InputError(
             "--init hyper needs --run DIR, a finished run of --task p3; no other --init takes one"
         )
-    if not args.run:
-        return
-    folder = Path(args.run)
-    before = read_args(folder)
-    if not (folder / "adapters.safetensors").exists() or (before["task"], before["method"]) != (
-        "p3",
-        "hyper",
-    ):
-        raise InputError(f"--run {folder}: not a finished hypernetwork for P3")
-    if before["gists"] != args.gists or Path(before["model"]).resolve() != Path(args.model).resolve():
-        own = f"{before['gists']} gists and the model {before['model']}"
-        raise InputError(f"--run {folder}: has {own}, other than this run")
 
 
 def load(args: Options, formatter: Formatter | None, split: str) -> list[p3.Prompt]:
@@ -87,12 +74,12 @@ def build(args: Options) -> "SoftPrefix":
     return SoftPrefix(load_base(args), names, args.gists, kind, generator)
 
 
-def restore(args: Options, folder: Path) -> "SoftPrefix":
-    return load_adapters(build(args), folder)
-
-
 def batches(run: Run) -> "PrefixBatches":
-    return PrefixBatches(load(run.args, run.formatter, "test"), run.formatter)
+    """Also gives the prefixes what they start from, as far as it is made of examples."""
+    tasks = load(run.args, run.formatter, "test")
+    if run.args.init in MADE_OF_EXAMPLES:
+        start_from_examples(run, tasks)
+    return PrefixBatches(tasks, run.formatter)
 
 
 def prefix_of(run: Run, t: int) -> Gists:
@@ -140,6 +127,9 @@ class SoftPrefix(nn.Module):
             self.first = nn.Parameter(normal(R, c.width, hidden).data / c.width**0.5)
             self.second = nn.Parameter(normal(R, hidden, outputs).data / hidden**0.5)
         else:  # the slots start as words; nothing is added in the layers after the first
+            if R * length > c.vocab:
+                what = f"{R} tasks of --gists {length} take more than the {c.vocab} words of the vocabulary"
+                raise InputError(f"--init propagate: {what}")
             words = torch.randperm(c.vocab, generator=generator)[: R * length].to(device)
             table = torch.zeros(c.layers, R, length, c.width, device=device)
             table[0] = model.embed_tokens.weight[words].view(R, length, c.width)
@@ -218,8 +208,11 @@ class PrefixBatches:
 def gists_of_run(run: Run, shots: list[Episode]) -> Gists:
     """What the hypernetwork of --run makes of the examples."""
     folder = Path(run.args.run)
-    before = all_options()(**read_args(folder) | {"device": run.args.device, "dtype": run.args.dtype})
-    hyper = restore_hyper(before, folder)
+    own = {name: getattr(run.args, name) for name in ("model", "device", "dtype")}
+    before = all_options()(**read_args(folder) | own)
+    if (before.task, before.method) != ("p3", "hyper"):
+        raise InputError(f"--run {folder}: not a hypernetwork for P3")
+    hyper = restore(before, folder)
     contexts = [hyper.compression.contexts(run.formatter, episode, hyper.gist_ids) for episode in shots]
     return hyper.compression.prefix(hyper, [Rows.of(piece, run.device) for piece in zip(*contexts)])
 
@@ -245,33 +238,10 @@ def pooled(run: Run, shots: list[Episode]) -> Gists:
 MADE_OF_EXAMPLES = {"hyper": gists_of_run, "text": first_tokens, "anchors": anchors, "pooled": pooled}
 
 
-def tuned_on_training_tasks(run: Run, folder: Path, train: Callable) -> Gists:
-    """One prefix for all training tasks, an MLP's, tuned in a folder of its own: its keys and values."""
-    generator = torch.Generator().manual_seed(run.args.seed)
-    shared = SoftPrefix(run.hyper.model, ["shared"], run.args.gists, "reparam", generator)
-    if not (folder / "adapters.safetensors").exists():
-        folder.mkdir(exist_ok=True)
-        batches = EpisodeBatches(load(run.args, run.formatter, "train"), run.formatter, "zeroshot", shots=0)
-        train(replace(run, hyper=shared), batches, folder)
-    load_adapters(shared, folder)
-    with torch.no_grad():
-        every_task = torch.zeros(len(run.hyper.tasks), dtype=torch.long, device=run.device)
-        return shared.prefix()[every_task]
-
-
-def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> None:
-    """Give the prefixes what they start from, by --init.
-
-    train(run, batches, folder): the loop of train.py.
-    """
+def start_from_examples(run: Run, tasks: Sequence[p3.Prompt]) -> None:
     args = run.args
-    if args.init == "shared":
-        gists = tuned_on_training_tasks(run, out / "shared", train)
-    elif args.init in MADE_OF_EXAMPLES:
-        shots = [task.evaluation(args.seed, 0, args.shots, 1)[0] for task in tasks]
-        gists = MADE_OF_EXAMPLES[args.init](run, shots)
-    else:
-        return
+    shots = [task.evaluation(args.seed, 0, args.shots, 1)[0] for task in tasks]
+    gists = MADE_OF_EXAMPLES[args.init](run, shots)
     fits = isinstance(gists, Gists) and gists.length == args.gists
     if not fits or (gists.past_mask is not None and not gists.past_mask.all()):
         raise InputError(f"--init {args.init}: the examples don't give --gists {args.gists} positions")
@@ -279,3 +249,26 @@ def start(run: Run, tasks: Sequence[p3.Prompt], out: Path, train: Callable) -> N
     if args.init == "pooled":
         generator = torch.Generator().manual_seed(args.seed)
         run.hyper.table.data += NOISE * torch.randn(run.hyper.table.shape, generator=generator).to(run.device)
+
+
+def start(run: Run, out: Path, train: Callable) -> None:
+    """--init shared: an MLP's prefix is first tuned on all training tasks, in a folder of its own.
+
+    train(run, batches, folder): the loop of train.py.
+    """
+    args = run.args
+    if args.init != "shared":
+        return
+    folder = out / "shared"
+    generator = torch.Generator().manual_seed(args.seed)
+    shared = SoftPrefix(run.hyper.model, ["shared"], args.gists, "reparam", generator)
+    if not (folder / "adapters.safetensors").exists():
+        folder.mkdir(exist_ok=True)
+        batches = EpisodeBatches(load(args, run.formatter, "train"), run.formatter, "zeroshot", shots=0)
+        train(replace(run, hyper=shared), batches, folder)
+    if dist.is_initialized():
+        dist.barrier()  # the first process has saved it
+    load_adapters(shared, folder)
+    every_task = torch.zeros(len(run.hyper.tasks), dtype=torch.long, device=run.device)
+    with torch.no_grad():
+        run.hyper.start_from(shared.prefix()[every_task])

@@ -30,10 +30,6 @@ def load(args, formatter, split: str) -> list["Table"]:
     return [Table(path.stem, read(path)) for path in paths]
 
 
-def score(answer: str, query: Example) -> float:
-    return 100.0 * (answer == query.target)
-
-
 def read(path) -> list[Example]:
     """The rows of a file. Whatever is wrong in it names it."""
     with reading(path, "not a CSV file of text and label"), open(path, newline="", encoding="utf-8") as file:
@@ -56,9 +52,16 @@ class Table:
 
     def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
         rows = draw_rows(rng, self.rows, shots + queries, self.name)
-        return Episode(rows[:queries], rows[queries:])
+        return Episode(rows[:queries], unasked(rows[queries:], rows[:queries]))
 
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
         """Every second row is a query; the examples are drawn from the others."""
-        examples = draw_rows(random.Random(f"{seed} {self.name} {n}"), self.rows[1::2], shots, self.name)
-        return [Episode(self.rows[::2][: limit or None], examples)]
+        queries = self.rows[::2][: limit or None]
+        rows = unasked(self.rows[1::2], queries)
+        return [Episode(queries, draw_rows(random.Random(f"{seed} {self.name} {n}"), rows, shots, self.name))]
+
+
+def unasked(rows: list[Example], queries: list[Example]) -> list[Example]:
+    """Real tables hold some rows several times: no query may be among its own examples."""
+    asked = {query.input for query in queries}
+    return [row for row in rows if row.input not in asked]

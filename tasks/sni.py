@@ -65,6 +65,8 @@ def check(args) -> None:
         raise InputError("ROUGE-L needs the package rouge-score (pip install rouge-score)")
     if args.instruction_downstream and args.method != "hyper":
         raise InputError("--instruction-downstream belongs to --method hyper")
+    if args.sets > 1:
+        raise InputError(f"--sets {args.sets}: the examples of --task sni are given, so there is one set")
 
 
 def load(args, formatter: Formatter, split: str) -> list["SNITask"]:

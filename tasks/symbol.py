@@ -26,10 +26,6 @@ DEFAULTS = {
 }
 
 
-def score(answer: str, query: Example) -> float:
-    return 100.0 * (answer == query.target)
-
-
 def load(args, formatter: Formatter, split: str) -> list["SymbolTask"]:
     words = read_words(args.words) if args.words else whole_words(formatter.tokenizer)
     return symbol_tasks(args.data, split, words)
@@ -108,7 +104,7 @@ class SymbolTask:
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
         """An episode for each of at most 100 queries: its own symbols, format and examples."""
         rows = [(label, text) for label, texts in self.classes.items() for text in texts]
-        rows = random.Random(f"{seed} {self.name}").sample(rows, min(len(rows), limit or MOST))
+        rows = random.Random(f"{seed} {self.name}").sample(rows, min(len(rows), MOST, limit or MOST))
         rngs = [random.Random(f"{seed} {self.name} {n} {i}") for i in range(len(rows))]
         return [self.episode(rng, shots, [row], True) for rng, row in zip(rngs, rows)]
 

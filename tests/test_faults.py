@@ -12,7 +12,7 @@ from conftest import ROOT, random_hyper, random_llama, write_hf, write_meta, wri
 import train as training
 from data import Formatter, Sample, collate
 from gist import Rows, with_gists
-from llama import InputError, Llama, Tokenizer, load
+from llama import InputError, Tokenizer, load
 from lora import assign, load_tensors, save_tensors
 from run import Run, portable, read_args, resolve_args, trainable
 from tasks.hyperpretrain import TextBatches
@@ -189,14 +189,9 @@ def test_a_single_document_trains_and_a_note_is_printed(tmp_path, capsys, before
 # ------------------------------------------------------------------------- models and what is trained
 
 
-def test_damaged_weights_are_one_line_or_keep_their_shapes(tmp_path):
+def test_damaged_weights_are_one_line(tmp_path):
     folder = write_hf(tmp_path / "hf", random_llama())
-    shapes = {name: p.shape for name, p in random_llama().named_parameters()}
-
-    def same(model: Llama):  # the format has no checksum: names, shapes and types are what can be told
-        return {name: p.shape for name, p in model.named_parameters()} == shapes
-
-    assert fuzz(folder / "model.safetensors", lambda: load(folder), same) > TIMES // 4
+    assert fuzz(folder / "model.safetensors", lambda: load(folder)) > TIMES // 4
 
 
 def test_damaged_meta_weights_are_one_line(tmp_path):

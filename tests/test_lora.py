@@ -129,15 +129,12 @@ def test_nf4_equals_dequantize_and_matmul(dtype):
     assert linear.state.nested, "double quantization"
     plain = functional.dequantize_4bit(linear.weight, linear.state).to(dtype)
     tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.05}
-    for training in (True, False, True):
-        linear.train(training)
-        x = torch.randn(3, 5, 128, generator=generator).to(dtype).requires_grad_()
-        ours, theirs = linear(x, {}), F.linear(x, plain)
-        torch.testing.assert_close(ours, theirs, **tolerance)
-        gradients = (torch.autograd.grad(y.float().square().sum(), x) for y in (ours, theirs))
-        torch.testing.assert_close(*gradients, atol=1e-2 if dtype == torch.float32 else 30.0, rtol=0.05)
-        with torch.no_grad():
-            torch.testing.assert_close(linear(x, {}), theirs, **tolerance)
+    x = torch.randn(3, 5, 128, generator=generator).to(dtype).requires_grad_()
+    ours, theirs = linear(x, {}), F.linear(x, plain)
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    if dtype == torch.float32:
+        gradients = (torch.autograd.grad(y.square().sum(), x) for y in (ours, theirs))
+        torch.testing.assert_close(*gradients, atol=1e-2, rtol=0.05)
 
 
 def test_quantized_loading_quantizes_the_matrices_of_layers_alone(tmp_path):

@@ -6,19 +6,25 @@ import json
 import os
 import resource
 import shutil
+import signal
 import threading
+import time
+from statistics import fmean
 
 import pytest
 import torch
-from conftest import ROOT, contents, part_of, random_hyper, refusal, run, train
+from conftest import ROOT, config, contents, part_of, random_hyper, refusal, run, train
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import llama
 from data import Episode, Example
-from llama import InputError, Tokenizer, generate, load
+from eval import gist_context
+from llama import InputError, Tokenizer, generate, load, read_config
 from lora import load_tensors, save_tensors
 from run import open_run, read_args, resolve_args
+from tools import bench, reproduce
 from tools.cost import flops
 from tools.export import METADATA
 from tools.probe import asked_back
@@ -320,6 +326,23 @@ def test_exported_adapters_open_in_peft_with_the_same_logits(tmp_path):
 def test_the_cost_of_gists_is_printed(hypernetwork):
     printed = run(hypernetwork, program="cost").stdout
     assert "Llama-2-7B" in printed and "gists ahead after" in printed
+    c = read_config(ROOT / "tiny" / "llama-c")
+    (gists,) = (line.split() for line in printed.splitlines()[:8] if line.startswith("gists"))
+    assert int(gists[3].replace(",", "")) == 4 * 2 * c.layers * c.kv_heads * c.head_size * 4, (
+        "bytes of 4 gists"
+    )
+
+
+def test_the_cost_of_anchors_is_that_of_the_positions_that_are_kept(tmp_path):
+    out = tmp_path / "run"
+    train(out, "--task symbol --anchors --steps 1 --data", ROOT / "tiny" / "symbol")
+    a_run = open_run(resolve_args({}, read_args(out)), out)
+    kept = [
+        len(gist_context(a_run, task.evaluation(0, 0, a_run.args.shots, 20)[0], 0)[0].kept)
+        for task in a_run.task.load(a_run.args, a_run.formatter, "test")
+    ]
+    printed = run(out, program="cost").stdout
+    assert f" {round(fmean(kept))} anchors" in printed and min(kept) > 1 + a_run.args.shots
 
 
 @pytest.mark.parametrize("T, P, adapter, kept", [
@@ -358,12 +381,21 @@ def test_a_table_of_runs_has_mean_and_deviation(tmp_path):
     for seed, value in enumerate((60.0, 70.0)):
         write_run(tmp_path / "one_row" / f"seed{seed}", value)
     write_run(tmp_path / "two" / "seed0", 10.0)
+    with open(tmp_path / "two" / "seed0" / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "lo')  # as a killed run leaves it
     lines = compare([tmp_path / "one_row", tmp_path / "two"]).splitlines()
     assert lines[0] == "| accuracy | result | 0-shot | seconds a run |" and len(lines) == 4
     assert lines[2] == "| one row | 65.0 ± 7.1 | 50.0 ± 0.0 | 4 |" and lines[3] == "| two | 10.0 | 50.0 | 4 |"
+    write_run(tmp_path / "two" / "seed0" / "data-other", 90.0, data="other")
+    assert compare([tmp_path / "two" / "seed0"]).splitlines()[2] == "| seed0 | 10.0 | 50.0 | 4 |", "a run itself"
     with pytest.raises(InputError, match="no runs"):
         compare([tmp_path])
-    assert run("table", tmp_path / "one_row", tmp_path / "two", program="report").stdout.splitlines() == lines
+    write_run(tmp_path / "two" / "seed1", 20.0, shots=2)
+    with pytest.raises(InputError, match="differ in shots"):
+        compare([tmp_path / "two"])
+    write_run(tmp_path / "three" / "seed0", 20.0, shots=2)
+    rows = [tmp_path / "one_row", tmp_path / "three"]
+    assert run("table", *rows, program="report").stdout.splitlines()[3] == "| three | 20.0 | 50.0 | 4 |"
 
 
 def test_a_picture_says_what_it_shows(tmp_path, figures):
@@ -405,4 +437,52 @@ def test_bars_have_the_means_of_seeds_and_their_deviations_and_losses_stand_apar
     plot(runs, tmp_path / "c.png")
     below = {line.get_label(): line.get_ydata() for line in figures[1].axes[1].lines}
     assert {label: list(ys) for label, ys in below.items()} == {"label": [2.0, 2.0], "EOS after it": [5.0]}
-    assert "results.json" in refusal("bars", tmp_path, "--out", tmp_path / "b.png", program="report")
+    bars = ["--out", tmp_path / "b.png"]
+    assert "not the folder of a run" in refusal("bars", tmp_path, *bars, program="report")
+    write_run(tmp_path / "other", 60.0, shots=2)
+    assert "these do in shots" in refusal("bars", runs[0], tmp_path / "other", *bars, program="report")
+    assert "its result is a loss" in refusal("bars", ROOT / "tiny" / "llama-c", *bars, program="report")
+    assert "--by belongs to plot" in refusal("bars", *runs, "--by", "shots", *bars, program="report")
+    write_run(tmp_path / "prefix", 60.0, task="prefix")
+    run("bars", tmp_path / "prefix", *bars, program="report")
+    assert [label.get_text() for label in figures[-1].axes[0].get_yticklabels()] == ["0-shot", "prefix"]
+
+
+def fake_runs(tmp_path, monkeypatch, program: str) -> None:
+    """In place of train.py; and a table of three rows."""
+    (tmp_path / "train.py").write_text(program)
+    monkeypatch.setattr(reproduce, "PROJECT", tmp_path)
+    monkeypatch.setattr(reproduce, "ALL", tmp_path / "all")
+    monkeypatch.setattr(reproduce, "ROWS", {"p3": {name: "--task p3" for name in "abc"}})
+
+
+def test_tables_are_not_written_where_a_run_failed(tmp_path, monkeypatch, capsys):
+    fake_runs(tmp_path, monkeypatch, "import sys; sys.exit('0' in sys.argv)")
+    with pytest.raises(InputError, match="3 runs failed .*seed0.log"):
+        reproduce.run_all(["p3"], 2)
+    assert capsys.readouterr().out.count("done") == 6, "the others are finished all the same"
+
+
+def test_ctrl_c_ends_the_runs_and_begins_no_others(tmp_path, monkeypatch):
+    fake_runs(tmp_path, monkeypatch, "import sys, time; print('on', flush=True); time.sleep(60)")
+
+    def press():
+        while not any(path.read_text() for path in (tmp_path / "all").glob("p3/*/*.log")):
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run_all(["p3"], 1)
+    assert len(list((tmp_path / "all").glob("p3/*/*.log"))) == 1 and not reproduce.RUNNING
+
+
+def test_the_bench_measures_the_model_that_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SHAPE", config(2))
+    calls = []
+    monkeypatch.setattr(llama, "checkpoint", lambda layer, *inputs, **how: calls.append(1) or layer(*inputs))
+    for checkpointed in (False, True):
+        bench.memory_of(tmp_path, bench.our_logits, checkpointed)
+        assert bool(calls) == checkpointed
+    took, _ = bench.growth_of(tmp_path, 128, 20, 2)  # more gists than the model of other rows has
+    assert took > 0

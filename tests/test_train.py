@@ -173,15 +173,25 @@ def test_every_start_of_prefix_tuning_runs_resumes_and_evaluates(tmp_path, hyper
     out = tmp_path / "run"
     start = [*PREFIX, "--init", init]
     if init == "hyper":
-        start = ["--task prefix", SHORT, "--run", hypernetwork, "--measure 1"]
+        start = [
+            "--task prefix",
+            SHORT,
+            "--run",
+            shutil.copytree(hypernetwork, tmp_path / "own"),
+            "--measure 1",
+        ]
     start += ["--batch-size 1 --steps 2 --save-every 1 --out", out]
     run(*start)
     log, after, tensors = log_of(out), results(out), tensors_of(out)
     if init == "hyper":
         assert [line["step"] for line in log if "score" in line] == [0, 2] and len(log[-1]["scores"]) == 2
         assert after["average"] == pytest.approx(log[-1]["score"], abs=0.01)
+    if init == "hyper":  # what a prefix started from needn't be there any more
+        (tmp_path / "own").rename(tmp_path / "gone")
     run(out, SCORED, program="eval")
     assert results(out) == after | {"before": None}
+    if init == "hyper":
+        (tmp_path / "gone").rename(tmp_path / "own")
     (out / "results.json").unlink()
     (out / "adapters.safetensors").unlink()
     run(*start, "--resume")  # nothing is left to train: the same prefixes
@@ -216,6 +226,7 @@ FORMS = {
     "average": [*P3, "--average 2"],
     "emit": [*P3, "--emit lora"],
     "prefix": [*PREFIX, "--init text"],
+    "shared prefix": [*PREFIX, "--init shared"],
     "text": [*TEXT, "--lm 0.5 --reconstruct 0.5"],
 }  # fmt: skip
 
@@ -224,9 +235,9 @@ FORMS = {
 def test_losses_depend_neither_on_processes_nor_on_accumulation(tmp_path, form):
     """Each term is a sum over tokens, divided by their number in the whole step."""
     start = [*FORMS[form], "--steps 2 --limit 1"]
-    processes = 3 if form == "prefix" else 2
+    processes = 3 if "prefix" in form else 2
     one, divided, log = tmp_path / "one", tmp_path / "divided", tmp_path / "log"
-    several = "--batch-size 3 --accumulate 2" if form == "prefix" else "--batch-size 2 --accumulate 3"
+    several = "--batch-size 3 --accumulate 2" if "prefix" in form else "--batch-size 2 --accumulate 3"
     pids = launch(log, *start, several, "--out", divided, processes=processes)
     run(*start, "--batch-size 6 --out", one)
     assert wait(pids) == [0] * processes, log.read_text()
@@ -469,6 +480,9 @@ BAD = [
     ("--task prefix --init text --method fewshot", "--method has no meaning"),
     ("--task prefix --init text --optimizer muon", "--optimizer has no meaning"),
     ("--task prefix --init text --gists 600", "don't give"),
+    ("--task prefix --init propagate --gists 100", "words of the vocabulary"),
+    ("--task prefix --init text --rank 4", "--rank has no meaning"),
+    ("--task sni --sets 3", "there is one set"),
     ("--task sni --gists-every 1 --fuse-instruction", "exclude"),
     ("--task sni --score mean", "--score has no meaning for --task sni"),
     ("--task sni --average 2", "one set of examples"),
@@ -568,8 +582,11 @@ def test_a_run_never_lies_in_around_or_at_what_it_reads(tmp_path, option):
 def test_a_run_is_replaced_only_by_one_that_can_begin(tmp_path, finished):
     """What is wrong with the options, the data or the model is found before the old run's files go."""
     before = contents(finished)
-    for options in ("--shots 500", ["--model", tmp_path], "--gists 1000", ["--data", tmp_path]):
-        refusal(*P3, "--steps 1 --overwrite", options, "--out", finished)
+    starts = ("--init text", "--init propagate", ["--init hyper --run", tmp_path])
+    of_prefixes = [[*PREFIX, "--steps 1 --gists 600", options] for options in starts]
+    of_p3 = ("--shots 500", ["--model", tmp_path], "--gists 1000", ["--data", tmp_path])
+    for options in [*of_prefixes, *([*P3, "--steps 1", options] for options in of_p3)]:
+        refusal(*options, "--overwrite --out", finished)
         assert contents(finished) == before
 
 

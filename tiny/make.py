@@ -351,9 +351,7 @@ def write_p3(folder: Path, seed: int) -> None:
     """One folder per task. Every fourth is TFRecord, as published; the others are .jsonl, to be looked at."""
     rng = random.Random(f"p3 {seed}")
     train, held_out = world.p3(rng)
-    (folder / "splits").mkdir(parents=True)
-    for name, tasks in (("train", train), ("test", held_out)):
-        (folder / "splits" / f"{name}_tasks.txt").write_text("".join(f"{task}\n" for task in tasks))
+    write_lists(folder / "splits", list(train), list(held_out))
     for i, (name, task) in enumerate({**train, **held_out}.items()):
         (folder / name).mkdir()
         for split, count in (
@@ -499,6 +497,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: beside this file)")
     parser.add_argument("--data-only", action="store_true", help="stop when the data are written")
     args = parser.parse_args()
+    if not args.data_only and not hasattr(torch.optim, "Muon"):
+        parser.error("training needs torch 2.9 or later; --data-only doesn't")
     torch.set_num_threads(1)  # another number gives other bits
     write_data(args.out, args.seed)
     if args.data_only:

@@ -58,8 +58,9 @@ def compress_examples(run: Run, path: Path) -> Gists:
         print(report(left_out), file=sys.stderr)
     gists = compress(run, [context], None)
     kept = gists.length or len(run.hyper.gists)
-    read = sum(len(row.tokens) for row in context) - len(context) * len(run.hyper.gists)
-    what = f"{len(examples) - unread} examples, {read} tokens, became {kept} gists"
+    read = sum(token < run.hyper.model.config.vocab for row in context for token in row.tokens)
+    kind = "anchors" if run.args.anchors else "gists"
+    what = f"{len(examples) - unread} examples, {read} tokens, became {kept} {kind}"
     if isinstance(gists, Gists):
         bytes_kept = sum(x.numel() * x.element_size() for layer in gists.past for x in layer)
         times = f"{read / kept:.0f} times as many"

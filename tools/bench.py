@@ -46,6 +46,7 @@ from run import PROJECT, Parser, number, open_run, print_lines, run_command
 from tasks.hyperpretrain import save_checkpoint
 from tiny.make import write_jsonl, write_lists
 from tools.cost import LLAMA_2_7B, flops
+from tools.report import write_picture
 from train import cross_entropy, parse
 
 CUDA = torch.cuda.is_available()
@@ -77,7 +78,7 @@ def checkpoint(scratch: Path) -> Path:
 
 
 @cache
-def our_model(scratch: Path, dtype: torch.dtype = DTYPE) -> HyperLlama:
+def our_model(scratch: Path, dtype: torch.dtype) -> HyperLlama:
     model = load(checkpoint(scratch), DEVICE, dtype, NF4Linear if CUDA else Linear)
     add_lora(model, "hyper", RANK, ALPHA, torch.Generator().manual_seed(0), keys_values_only=True)
     return HyperLlama(model, model.embed_tokens.weight[:GISTS])
@@ -103,7 +104,7 @@ def their_model(scratch: Path) -> tuple[nn.Module, nn.Module, nn.Parameter]:
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(scratch), **options)
     matrices = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     peft = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=matrices))
-    return peft, peft.base_model.model, nn.Parameter(our_model(scratch).gists.detach().clone())
+    return peft, peft.base_model.model, nn.Parameter(our_model(scratch, DTYPE).gists.detach().clone())
 
 
 def their_cache(layers: Sequence[KV]):
@@ -273,7 +274,7 @@ def step(args: Namespace) -> Iterator[Line]:
 
 
 def memory_of(scratch: Path, way: Callable, checkpointed: bool) -> float:
-    our_model(scratch).model.checkpoint_activations = checkpointed
+    our_model(scratch, DTYPE).model.checkpoint_activations = checkpointed
     return peak(partial(training_step, way, scratch, a_batch()))
 
 
@@ -294,7 +295,7 @@ def memory(args: Namespace) -> Iterator[Line]:
 @torch.no_grad()
 def rank(args: Namespace) -> Iterator[Line]:
     """Seconds a query, and tokens a second: four options of four queries that share a thousand tokens."""
-    hyper = our_model(args.scratch)
+    hyper = our_model(args.scratch, DTYPE)
     rng = random.Random(1)
     (context,) = a_batch().context
     shots = context.tokens[0, :-GISTS].tolist()
@@ -341,7 +342,7 @@ def rank(args: Namespace) -> Iterator[Line]:
 @torch.no_grad()
 def generation(args: Namespace) -> Iterator[Line]:
     """Seconds for 128 tokens of each of eight rows after gists; and GB/s at which that reads the weights."""
-    hyper = our_model(args.scratch)
+    hyper = our_model(args.scratch, DTYPE)
     rng = random.Random(2)
     prompts = [random_words(rng, 48) for _ in range(8)]
     past = hyper.compress(a_batch().context[0])[torch.zeros(8, dtype=torch.long, device=DEVICE)].past
@@ -386,7 +387,7 @@ def generation(args: Namespace) -> Iterator[Line]:
 
 def limit(args: Namespace) -> Iterator[Line]:
     """GFLOP/s of the hyper pass, forward and backward, beside those of a plain matrix product."""
-    hyper = our_model(args.scratch)
+    hyper = our_model(args.scratch, DTYPE)
     (context,) = a_batch().context
     T = context.tokens.shape[1]
     x, weight = (torch.randn(n, SHAPE.width, device=DEVICE, dtype=DTYPE) for n in (T, SHAPE.hidden))
@@ -447,8 +448,10 @@ def make_questions(folder: Path) -> Path:
 def timed_run(root: Path, out: Path, options: list) -> tuple[float, dict]:
     """Seconds of train.py of a checkout, from start to end; and its results."""
     argv = [sys.executable, root / "train.py", "--task", "p3", *options, "--out", out, "--overwrite"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    took = seconds(lambda: subprocess.run(argv, cwd=root, check=True, **quiet))
+    ended = []
+    took = seconds(lambda: ended.append(subprocess.run(argv, cwd=root, capture_output=True, text=True)))
+    if ended[0].returncode:
+        raise InputError(f"{root}: train.py failed: {ended[0].stderr.strip().splitlines()[-1:]}")
     return took, json.loads((out / "results.json").read_text())
 
 
@@ -489,7 +492,7 @@ GROWTH = {
 
 def growth_of(scratch: Path, context: int, gists: int, queries: int) -> tuple[float, float]:
     """Seconds and MB of a training step."""
-    hyper = our_model(scratch)
+    hyper = our_model(scratch, DTYPE)
     hyper.gists = nn.Parameter(hyper.model.embed_tokens.weight[:gists].float().clone())
     call = partial(training_step, our_logits, scratch, a_batch(context, gists, queries))
     (times,) = side_by_side(2, call)
@@ -519,9 +522,7 @@ def growth(args: Namespace) -> None:
     for axes, label in zip(all_axes[:, 0], ("seconds a step", "MB beyond the weights")):
         axes.set(ylabel=label, ylim=(0, None))
     print_lines(lines, total=False)
-    path = PROJECT / "figures" / "growth.png"
-    figure.savefig(path, dpi=110)
-    print(f"written: {path}")
+    write_picture(figure, PROJECT / "figures" / "growth.png")
 
 
 KINDS = {  # of torch's operations -> what their names have in them

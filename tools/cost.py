@@ -13,7 +13,7 @@ import math
 import statistics
 from pathlib import Path
 
-from eval import encode_queries
+from eval import encode_queries, gist_context
 from llama import Config, InputError
 
 # fmt: off
@@ -50,12 +50,12 @@ def flops(c: Config, tokens: int, past: int = 0, logits: int = 0, rank: int = 0,
     return layers + 2 * logits * c.width * c.vocab
 
 
-def at_use(c: Config, args: dict, query: int, size: int, rank: int = 0) -> tuple[int, int]:
-    """Bytes of a run's prefix; and operations of a query of so many tokens after it. size: bytes a number."""
-    G = args["gists"] * max(args.get(way) or 1 for way in ("concat", "chain"))
-    if args.get("anchors"):  # BOS and a position of each example
-        G = 1 + args["shots"]
-    if args.get("emit") == "lora":  # half of the gists are a rank of q_proj, half of v_proj
+def at_use(c: Config, G: int, emit: str, query: int, size: int, rank: int = 0) -> tuple[int, int]:
+    """Bytes of a prefix of G positions; and operations of a query of so many tokens after it.
+
+    emit: what gists become (--emit). size: bytes of a number.
+    """
+    if emit == "lora":  # half of the gists are a rank of q_proj, half of v_proj
         numbers = c.layers * (G // 2) * (2 * c.width + (c.heads + c.kv_heads) * c.head_size)
         return size * numbers, flops(c, query, 0, 1, rank) + 2 * numbers * query
     return size * 2 * c.layers * c.kv_heads * c.head_size * G, flops(c, query, G, 1, rank)
@@ -98,29 +98,32 @@ def print_cost(run: Run) -> None:
     """Means over the first draw of 20 queries of each held-out task."""
     args = run.args
     formatter = run.formatter
-    G = args.gists
     tasks = run.task.load(args, formatter, "test")
     drawn = [task.evaluation(args.seed, 0, args.shots, 20)[0] for task in tasks]
-    examples = round(statistics.fmean(len(formatter.context_tokens(e, reserved=G)) for e in drawn))
+    rows = [context for e in drawn for context in gist_context(run, e, 0)]
+    read = round(statistics.fmean(len(row.tokens) for row in rows))
+    G = round(statistics.fmean(len(row.kept) for row in rows))
+    examples = read if args.anchors else read - G
     query = round(statistics.fmean(len(p) for e in drawn for p in encode_queries(formatter, e)[0]))
     written = portable(args)
     means = f"(means of {written['data']})"
-    print(f"{examples} tokens of examples, {query} of a query {means}, {G} gists; one logit row a query\n")
+    kind = "anchors" if args.anchors else "gists"
+    print(f"{examples} tokens of examples, {query} of a query {means}, {G} {kind}; one logit row a query\n")
     adapted = args.rank if run.hyper.downstream_adapter else 0
     size = run.hyper.model.embed_tokens.weight.element_size()
     models = ((written["model"], run.hyper.model.config, size), ("Llama-2-7B, bf16", LLAMA_2_7B, 2))
     for name, c, size in models:
-        kept, each = at_use(c, vars(args), query, size, adapted)
-        once = flops(c, examples + G, rank=args.rank, kept=G)
+        kept, each = at_use(c, G, args.emit, query, size, adapted)
+        once = flops(c, read, rank=args.rank, kept=G)
         in_full = size * 2 * c.layers * c.kv_heads * c.head_size * examples
         ways = {  # once, per query, bytes kept
             "in context": (0, flops(c, examples + query, logits=1), 0),
             "examples kept": (flops(c, examples, kept=examples), flops(c, query, examples, 1), in_full),
-            "gists": (once, each, kept),
+            kind: (once, each, kept),
         }
-        lines = [[name, "GFLOP once", "GFLOP a query", "bytes kept", "gists ahead after"]]
+        lines = [[name, "GFLOP once", "GFLOP a query", "bytes kept", f"{kind} ahead after"]]
         for way, (first, then, bytes_kept) in ways.items():
-            after = "" if way == "gists" else "never"
+            after = "" if way == kind else "never"
             if then > each:
                 count = max(1, math.floor((once - first) / (then - each)) + 1)
                 after = f"{count:,} {'query' if count == 1 else 'queries'}"

@@ -128,13 +128,16 @@ def main() -> None:
     add_options(parser, "place")
     typed = vars(parser.parse_args())
     folder = Path(typed.pop("folder"))
-    out = Path(typed.pop("out"))
+    out = typed.pop("out")
     gists = typed.pop("gists", None)
+    if "" in (out, gists):
+        raise InputError("an empty name of a file or folder")
+    out = Path(out)
     check_out(out)
     run = open_run(resolve_args(typed, read_args(folder)), folder)
     if (out / MARK).exists():
         raise InputError(f"--out {out}: is the folder of a run")
-    if gists:
+    if gists is not None:
         prefix = load_gists(Path(gists), belongs_to(run, folder), run.hyper.model)
         check_export(out, "--out")
         export_prefix(run, prefix, out)

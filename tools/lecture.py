@@ -151,7 +151,7 @@ def compare_prefixes(lesson: Lesson) -> dict[str, Score]:
     return {
         "gists of the task's examples": score(lesson, gists[lesson.task]),
         "gists of another task": score(lesson, gists[lesson.other[lesson.task]]),
-        "no gists": score(lesson, nothing()),
+        "no gists": score(lesson, nothing(lesson.task.device)),
     }
 
 
@@ -382,7 +382,7 @@ def draw_positions(lesson: Lesson, figure) -> None:
 
 def draw_offsets(lesson: Lesson, figure) -> None:
     scores = compare_offsets(lesson)
-    without = score(lesson, nothing())
+    without = score(lesson, nothing(lesson.task.device))
     length = fmean(map(len, lesson.prompts))
     ends = (SHIFTS[0] - 2, SHIFTS[-1] + 2)
     upper, lower = figure.subplots(2, 1, sharex=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import Episode
-from eval import BASELINES, MAIN, Column, score
+from eval import BASELINES, MAIN, Column, longest_query, score
 from llama import InputError
 from run import Parser, Run, add_options, number, open_run, print_lines, read_args, resolve_args, run_command
 from tools.report import picture, write_picture
@@ -46,16 +46,28 @@ def asked_back(episode: Episode, count: int) -> Episode:
     return replace(episode, shots=shots, queries=queries)
 
 
+def those_that_fit(run: Run, episode: Episode) -> Episode:
+    """With the examples that both columns can read: beside the gists, and beside the longest query."""
+    room = max(len(run.hyper.gists), longest_query(run.formatter, asked_back(episode, len(episode.shots))))
+    fits = []
+    for shot in episode.shots:
+        more = replace(episode, shots=[*fits, shot])
+        if len(run.formatter.context_parts(more, reserved=room)[1]) == len(more.shots):
+            fits.append(shot)
+    return replace(episode, shots=fits)
+
+
 def probe(run: Run, draws: int) -> list[Asked]:
     """For 1, 2, 4, … examples of each held-out task, and all of them."""
     args = run.args
     found = []
     for task in tqdm(run.task.load(args, run.formatter, "test"), desc="asking", leave=False):
-        for n in range(draws):
-            episode = task.evaluation(args.seed, n, args.shots, 1)[0]
+        drawn = [task.evaluation(args.seed, n, args.shots, 1)[0] for n in range(draws)]
+        drawn = [episode for n, episode in enumerate(drawn) if episode not in drawn[:n]]  # (S-NI's are given)
+        for episode in [those_that_fit(run, episode) for episode in drawn if episode.shots]:
             whole = len(episode.shots)
             counts = {2**i for i in range(whole.bit_length()) if 2**i < whole} | {whole}
-            for count in sorted(counts):
+            for count in sorted(counts - {0}):
                 again = asked_back(episode, count)
                 scores = {name: score(run, column, [again], []) for name, column in COLUMNS.items()}
                 labels = [shot.target for shot in again.shots]

@@ -1,6 +1,6 @@
 """Tables and pictures of finished runs.
 
-python -m tools.report table DIR…              a line for each folder of runs: mean ± deviation over its runs
+python -m tools.report table DIR…              a line for each run, or folder of runs: mean ± deviation of these
 python -m tools.report plot RUN… --out FILE    curves over steps; --by gists, --by shots: results by an option
 python -m tools.report bars RUN… --out FILE    the last line of a run's table; of several seeds, the means
 """
@@ -25,8 +25,9 @@ from eval import MAIN, TITLES, spread
 from gist import gist_mask
 from llama import InputError, reading
 from lora import replacing
-from run import Parser, names_of, read_args, run_command
+from run import Parser, names_of, read_args, read_lines, run_command
 
+IN_CONTEXT = {"fewshot": "in context", "base_fewshot": "base, in context"}  # of runs with other --shots
 TEXT_TITLES = {  # of the columns, where the result is a loss on text
     "zeroshot": "without, before",
     "fewshot": "A D in full, before",
@@ -36,39 +37,47 @@ TEXT_TITLES = {  # of the columns, where the result is a loss on text
 }
 
 
-def read_log(path: Path) -> list[dict]:
-    with reading(path, "not the log of a run"):
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def read_results(run: Path) -> dict:
     with reading(run / "results.json", "not the results of a run"):
         return json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
 
 
 def compare(rows: list[Path]) -> str:
-    """A table in Markdown: a line for each folder, mean ± standard deviation over the runs in it."""
+    """A table in Markdown: a line for each folder, mean ± standard deviation over the runs in it.
+
+    A folder may be a run itself; else its runs differ in their seed.
+    """
     rows = list(dict.fromkeys(row.resolve() for row in rows))
     table: dict[str, dict[str, list[float]]] = {}  # row -> column -> a value for each run
     metrics = set()
+    shots = set()
     for row in rows:
         name = row.name if [other.name for other in rows].count(row.name) == 1 else str(row)
         values = table.setdefault(name.replace("_", " "), {})
         paths = [path for path in sorted(row.glob("*/results.json")) if not path.parent.name.startswith(".")]
+        if (row / "results.json").exists():  # a run itself
+            paths = [row / "results.json"]
         if not paths:
             raise InputError(f"{row}: holds no runs with results.json")
+        options = []
         for path in paths:
             with reading(path, "not the results of a run"):
                 results = read_results(path.parent)
-                columns = columns_of(results, read_log(path.with_name("log.jsonl")))
+                columns = columns_of(results, read_lines(path.with_name("log.jsonl")))
                 metric = results["metric"]
                 args = {"shots": None, "method": None} | results["args"]
+            options.append(args)
             metrics.add(metric)
+            shots.add(args["shots"])
             for column, value in columns.items():
                 values.setdefault(column, []).append(value)
+        differs = differing(options)
+        if differs:
+            what = f"holds runs that differ in {', '.join(differs)}, so their mean says nothing"
+            raise InputError(f"{row}: {what}; name them one by one")
     if len(metrics) > 1:
         raise InputError(f"these runs have different metrics: {', '.join(sorted(metrics))}")
-    titles = TITLES | (TEXT_TITLES if metric == "loss" else {})
+    titles = TITLES | (TEXT_TITLES if metric == "loss" else {}) | (IN_CONTEXT if len(shots) > 1 else {})
     names = list(dict.fromkeys(name for values in table.values() for name in values if name != "seconds"))
     heads = [titles[name].format(**args) if name in titles else name for name in names]
     lines = [f"| {metric} | " + " | ".join([*heads, "seconds a run"]) + " |", "|---" * (len(names) + 2) + "|"]
@@ -112,15 +121,21 @@ Points = dict[tuple[str, str], dict[float, list[float]]]  # (run's name, column)
 COMPARED = ("zeroshot", "fewshot", "label_anchors", "mean_pooled", "fewer_shots")  # where an option is drawn
 
 
+def differing(options: list[dict]) -> list[str]:
+    """The options that make runs other runs: not the seed, nor how they were watched and evaluated."""
+    same = {"seed", "run"} | names_of("place", "eval") | names_of("course") - {"steps"}
+    return [
+        name for name in options[0] if name not in same and len({str(args.get(name)) for args in options}) > 1
+    ]
+
+
 def curves(runs: list[Path], by: str | None) -> tuple[Points, str, dict]:
     """What to draw; what the values are; the options of the last run."""
     points: Points = {}
     kinds = set()
     options = [read_args(run) for run in runs]
-    named = {"task", "method", "downstream", "init", "seed", "run", by} | names_of("place", "eval")
-    named |= names_of("course") - {"steps"}  # (how a run is watched makes no other curve)
-    others = [name for name in options[0] if name not in named]
-    differs = [name for name in others if len({str(args[name]) for args in options}) > 1]
+    named = {"task", "method", "downstream", "init", by}
+    differs = [name for name in differing(options) if name not in named]
     for run, args in zip(runs, options):
         name = f"{args['task']} {args['method']} {args.get('downstream', '')} {Path(args['model']).name}"
         name = args.get("init") or name
@@ -133,7 +148,7 @@ def curves(runs: list[Path], by: str | None) -> tuple[Points, str, dict]:
                 compared = {column: others[column] for column in COMPARED if column in others}
                 rows = [(args[by], {"main": results["average"]} | compared)]
             else:
-                lines = read_log(run / "log.jsonl")
+                lines = list(read_lines(run / "log.jsonl"))
                 measured = any("score" in line for line in lines)
                 # Hyperpretraining, whose result is a loss, is measured on P3's held-out tasks.
                 metric = {"loss": "accuracy"}.get(metric, metric) if measured else "loss"
@@ -168,11 +183,11 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     alone = len({name for name, _ in points}) == 1
     below = []
     if alone and not by:
-        below = [line for run in runs for line in read_log(run / "log.jsonl") if "label_loss" in line]
+        below = [line for run in runs for line in read_lines(run / "log.jsonl") if "label_loss" in line]
     figure = Figure(figsize=(7, 6.0 if below else 4.2), layout="constrained")
     heights = [7, 3] if below else [7]
     axes, *under = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-    heads = TITLES | ({"fewshot": "examples in context"} if by else {})  # as many as there were shots
+    heads = TITLES | (IN_CONTEXT if by else {})
     for (name, column), curve in points.items():
         xs = sorted(curve)
         means = np.array([statistics.fmean(curve[x]) for x in xs])
@@ -215,22 +230,29 @@ def bars(runs: list[Path], path: Path) -> None:
 
     values: dict[str, list[float]] = {}
     colours: dict[str, str] = {}
+    differs = differing([read_args(run) for run in runs])
+    if differs:
+        raise InputError(f"bars are of runs that differ in their seed, and these do in {', '.join(differs)}")
     for run in runs:
         results = read_results(run)
         with reading(run / "results.json", "not the results of a run"):
             parts = ({"main": results["average"]}, results["baselines"], results["controls"])
+            for columns in parts:
+                check_numbers(columns.values())
+            if results["metric"] == "loss":
+                raise InputError(f"{run}: its result is a loss; bars are of scores")
         for columns, colour in zip(parts, ("#0072b2", "#999999", "#e69f00")):
             for name, value in columns.items():
                 values.setdefault(name, []).append(value)
                 colours[name] = colour
     args = results["args"]
-    titles = TITLES | {"main": MAIN[args["method"]].title}
+    titles = TITLES | {"main": "prefix" if args["task"] == "prefix" else MAIN[args["method"]].title}
     names = list(values)[::-1]
     heads = [titles[name].format(**args) for name in names]
     means = [statistics.fmean(values[name]) for name in names]
     deviations = {name: spread(values[name]) or 0.0 for name in names}
     if len(runs) == 1:
-        deviations["main"] = results["std"] or 0.0
+        deviations["main"] = results.get("std") or 0.0
     figure = Figure(figsize=(7, 0.6 + 0.36 * len(names)), layout="constrained")
     axes = figure.subplots()
     whiskers = [deviations[name] for name in names]
@@ -303,17 +325,23 @@ def main() -> None:
     add = parser.add_argument
     add("what", choices=["table", "plot", "bars"])
     add("folders", nargs="+", metavar="DIR", help="folders of runs (table), or runs")
-    add("--out", metavar="FILE", default="runs/curves.png", help="where to draw (runs/curves.png)")
+    add("--out", metavar="FILE", default=None, help="where to draw (runs/curves.png)")
     by = "results by this option, rather than curves over steps"
     add("--by", choices=["gists", "shots"], default=None, help=by)
     asked = parser.parse_args()
     folders = [Path(folder) for folder in asked.folders]
+    if asked.by and asked.what != "plot":
+        raise InputError("--by belongs to plot")
     if asked.what == "table":
+        if asked.out is not None:
+            raise InputError("--out belongs to plot and bars; a table is printed")
         print(compare(folders))
-    elif asked.what == "bars":
-        bars(folders, picture(Path(asked.out)))
+        return
+    out = picture(Path("runs/curves.png" if asked.out is None else asked.out))
+    if asked.what == "bars":
+        bars(folders, out)
     else:
-        plot(folders, picture(Path(asked.out)), asked.by)
+        plot(folders, out, asked.by)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m tools.reproduce [--jobs 2] [--only p3 sni …]
 
 Three seeds of each row, so many runs at a time with one thread each; finished runs are kept, so it can be
-stopped and started again. Tables and verdicts are computed; the prose beside them quotes no number.
+stopped and started again. Tables and verdicts are computed; the prose beside them quotes no number. With
+--only, tables and pictures go to runs/reproduce, and those of the project stay.
 """
 
 import signal
@@ -189,11 +190,14 @@ def folder_of(table: str, row: str) -> Path:
     return ALL / table / row.replace(" ", "_")
 
 
-def job(table: str, row: str, options: str, seed: int) -> None:
-    """One run, unless it is finished. What a killed run left is gone on with."""
+RUNNING: set[subprocess.Popen] = set()
+
+
+def job(table: str, row: str, options: str, seed: int) -> Path | None:
+    """One run, unless it is finished. What a killed run left is gone on with. The log, where it failed."""
     out = folder_of(table, row) / f"seed{seed}"
     if (out / "results.json").exists():
-        return
+        return None
     program = "eval.py" if options.startswith("plain") else "train.py"
     argv = [sys.executable, PROJECT / program, *options.removeprefix("plain").format(seed=seed).split()]
     argv += ["--seed", str(seed), "--out", out]
@@ -204,9 +208,34 @@ def job(table: str, row: str, options: str, seed: int) -> None:
     began = time.time()
     with open(log, "w") as file:
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(argv, stdout=file, stderr=file, env=one_thread)
-    state = f"FAILED, see {log}" if ended.returncode else "done"
-    print(f"{state}  {out}  {time.time() - began:.0f} s", flush=True)
+        process = subprocess.Popen(argv, stdout=file, stderr=file, env=one_thread)
+        RUNNING.add(process)
+        failed = process.wait() != 0
+        RUNNING.remove(process)
+    print(f"{'FAILED' if failed else 'done'}  {out}  {time.time() - began:.0f} s", flush=True)
+    return log if failed else None
+
+
+def run_all(tables: list[str], at_once: int) -> None:
+    """All rows of these tables. InputError where a run failed, after the others are done."""
+    failed = []
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for table in tables:  # one after the other: prefixes start from runs of P3
+                seeds = SEEDS[:1] if table in ONE_SEED else SEEDS
+                jobs = [
+                    pool.submit(job, table, row, options, seed)
+                    for row, options in ROWS[table].items()
+                    for seed in seeds
+                ]
+                failed += [log for log in (one.result() for one in jobs) if log]
+        except BaseException:  # Ctrl-C: nothing more begins, and what runs keeps its last checkpoint
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in RUNNING.copy():
+                process.terminate()
+            raise
+    if failed:
+        raise InputError(f"{len(failed)} runs failed (see {failed[0]}), so no table is written")
 
 
 def runs_of(table: str, row: str = "*") -> list[Path]:
@@ -219,7 +248,8 @@ def values(table: str, row: str) -> list[float]:
 
 
 def verdicts(table: str) -> list[str]:
-    """Whether each of the paper's orders holds here: the difference of the means against its deviation."""
+    """Whether each of the paper's orders holds here: the difference of the means, against the deviation of
+    the difference of two runs."""
     lines = []
     for above, below in ORDERS.get(table, ()):
         a = values(table, above)
@@ -240,7 +270,9 @@ def costs(rows: list[Path], query: int = 32) -> list[str]:
     lines = [head, "|---|---|---|"]
     for row in rows:
         args = read_results(next(row.glob("*/results.json")).parent)["args"]
-        size, operations = at_use(c, args, query, 4)
+        sets = max(args.get(way) or 1 for way in ("concat", "chain"))
+        kept = 1 + args["shots"] if args["anchors"] else args["gists"] * sets
+        size, operations = at_use(c, kept, args["emit"], query, 4)
         lines.append(f"| {row.name.replace('_', ' ')} | {size:,} | {operations / 1e6:.1f} |")
     return lines
 
@@ -291,7 +323,8 @@ def draw(figures: Path) -> None:
         plot(c, figures / "training.png")
         bars(c, figures / "first-screen.png")
         probe = [sys.executable, "-m", "tools.probe", c[0], "--sets", "3", "--out", figures / "probe.png"]
-        subprocess.run(probe, check=True)
+        if subprocess.run(probe).returncode:
+            raise InputError(f"{c[0]}: can't be probed")
 
 
 def main() -> None:
@@ -307,15 +340,10 @@ def main() -> None:
         (ALL / name).mkdir(parents=True, exist_ok=True)
         for path in Path("tiny/text").glob(files):
             shutil.copyfile(path, ALL / name / path.name)
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        for table in asked.only:  # one after the other: prefixes start from runs of P3
-            rows = ROWS[table].items()
-            seeds = SEEDS[:1] if table in ONE_SEED else SEEDS
-            jobs = [pool.submit(job, table, row, options, seed) for row, options in rows for seed in seeds]
-            for one in jobs:
-                one.result()
-    draw(Path("figures"))
-    write_results(Path("RESULTS.md"))
+    run_all(asked.only, asked.jobs)
+    place = Path() if set(asked.only) == set(ROWS) else ALL
+    write_results(place / "RESULTS.md")
+    draw(place / "figures")
 
 
 if __name__ == "__main__":
