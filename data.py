@@ -160,9 +160,11 @@ class Formatter:
     def query(self, episode: Episode, example: Example, budget: int, instruct: str = "no") -> list[int]:
         """The prompt of a query, in so many tokens. What is too long loses the beginning of its input.
 
-        instruct: "inside", the instruction takes up to half of the budget; "before", it has as much
-        room of its own as a hypernetwork would read it in; "no"; "continues", the query goes on in the row of
-        its examples, which begins with BOS and instruction.
+        instruct     the prompt begins with
+        "no"         BOS
+        "inside"     BOS and the instruction, in up to half of the budget
+        "before"     BOS and the instruction, beside the budget: as much of it as a hypernetwork reads
+        "continues"  nothing: it goes on in the row of its examples, which has both already
         """
         layout = episode.layout
         instruction = []

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import tasks
 from data import Episode, Formatter, Task, report
 from gist import Context, Gists, Rows, keep_all, label_anchors, mean_pooled, nothing, read_contexts
-from llama import InputError, Llama, causal_mask_after, generate, int_tensor, ragged
+from llama import InputError, Llama, causal_mask_after, generate, int_tensor, ragged, reading
 
 # fmt: off
 from run import (
@@ -102,12 +102,12 @@ def score_choices(
         mask = causal_mask_after(torch.ones(N, prefix.length, dtype=torch.bool, device=device), T)
     mask[:, :, -T:] &= (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
     # The prompt's last token predicts the first token of each of its choices: one logit row serves them all.
-    select, which = predictors.unique(return_inverse=True)
+    select, logit_row = predictors.unique(return_inverse=True)
     logits = model(tokens, **past | {"offset": positions, "mask": mask}, select=select)[0].float()
 
     flat = [option for options in choices for option in options]
     targets = int_tensor([token for option in flat for token in option], device)
-    log_probs = logits[which, targets] - logits.logsumexp(-1)[which]
+    log_probs = logits[logit_row, targets] - logits.logsumexp(-1)[logit_row]
     parts = log_probs.split([len(option) for option in flat])
     scores = torch.stack([part.mean() if mean else part.sum() for part in parts])
     return [of_prompt.tolist() for of_prompt in scores.split([len(options) for options in choices])]
@@ -303,30 +303,37 @@ def token_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     yield rows
 
 
+class Asked(NamedTuple):
+    """A query among those that are answered together."""
+
+    row: int  # of the prefixes
+    episode: int
+    query: int
+
+
 @torch.no_grad()
 def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Encoded]) -> list[str]:
     """The answer to each query: its best-scored choice, or what the model writes."""
     most = run.args.eval_tokens
     adapter = run.hyper.downstream_adapter if column.trained else None
-    answers = {}  # (number of the episode, number of its query) -> text
+    answers = {}  # (episode, query) -> text
     for part in token_batches([context_length(item.context) for item in encoded], most):
         prefix = column.prefix(run, [encoded[e].context for e in part], adapter)
-        asked = [(row, e, q) for row, e in enumerate(part) for q in range(len(episodes[e].queries))]
-        prompts = [encoded[e].prompts[q] for _, e, q in asked]
-        choices = [encoded[e].choices[q] for _, e, q in asked]
+        asked = [Asked(row, e, q) for row, e in enumerate(part) for q in range(len(episodes[e].queries))]
+        prompts = [encoded[one.episode].prompts[one.query] for one in asked]
+        choices = [encoded[one.episode].choices[one.query] for one in asked]
         longest = [row_length(p, c) if c else len(p) + MAX_NEW_TOKENS for p, c in zip(prompts, choices)]
         for chosen in token_batches([prefix.length + length for length in longest], most):
-            rows = [asked[i][0] for i in chosen]
-            before = prefix[int_tensor(rows, run.device)]
+            before = prefix[int_tensor([asked[i].row for i in chosen], run.device)]
             batch = [prompts[i] for i in chosen]
             if choices[chosen[0]]:
                 best = choose(run, batch, [choices[i] for i in chosen], before, adapter)
-                queries = [episodes[e].queries[q] for _, e, q in (asked[i] for i in chosen)]
+                queries = [episodes[asked[i].episode].queries[asked[i].query] for i in chosen]
                 texts = [query.choices[number] for query, number in zip(queries, best)]
             else:
                 texts = write_answers(run, episodes[part[0]], batch, before, adapter)
             for i, text in zip(chosen, texts):
-                answers[asked[i][1:]] = text
+                answers[asked[i].episode, asked[i].query] = text
     return [answers[key] for key in sorted(answers)]
 
 
@@ -396,7 +403,7 @@ def draw_held_out(run: Run) -> HeldOut:
     episodes = [[] for _ in range(args.sets)]
     for t, task in enumerate(tqdm(held_out, desc="preparing held-out tasks", leave=False, delay=1)):
         for n in range(args.sets):
-            episodes[n].append(task.evaluation(args.seed, n, count, args.limit))
+            episodes[n].append(task.evaluation(args.seed, n, count, args.limit or None))
         for episode in episodes[0][t]:
             encode_queries(run.formatter.counting(left_out), episode, instruct)
         drawn = [episode for draw in episodes for episode in draw[t]]
@@ -448,7 +455,7 @@ def score_all(
     out: a folder that keeps what is done until all is, so that an interrupted evaluation goes on.
     """
     rank, world = processes()
-    work = {}  # key -> the first column, task and draw that have it
+    work = {}  # key -> the first (column, task, draw) that has it
     keys = {}
     for name, t, n in product(table, range(len(held_out.tasks)), range(draws)):
         column = table[name]
@@ -666,7 +673,7 @@ def parse(argv: list[str] | None = None) -> tuple[Options, Path | None, Path]:
     return args, folder, Path(out or folder / "-".join(beside))
 
 
-def take_folder(out: Path, folder: Path | None) -> None:
+def take_folder(out: Path, folder: Path | None, args: Options) -> None:
     """Lock the run's folder and that of the results; InputError where these would replace something else."""
     check_out(out)
     own = folder is not None and os.path.realpath(out) == os.path.realpath(folder)
@@ -680,6 +687,11 @@ def take_folder(out: Path, folder: Path | None) -> None:
         raise InputError(f"--out {out}: holds something that no run wrote, so it isn't used")
     lock(out)
     (out / MARK).touch()
+    path = out / "results.json"
+    with reading(path, "not the results of a run"):
+        before = json.loads(path.read_text())["args"]["data"] if path.exists() else None
+    if before not in (None, portable(args)["data"]):  # two folders can have the same last name
+        raise InputError(f"--out {out}: holds the results of {before}; another name keeps both")
 
 
 def save_results(results: dict, lines: list[list[str]], out: Path) -> None:
@@ -694,7 +706,7 @@ def main() -> None:
     args, folder, out = parse()
     rank, _ = start_processes()
     if rank == 0:
-        take_folder(out, folder)
+        take_folder(out, folder, args)
     run = open_run(args, folder)
     left_out = Counter()
     if run.task.evaluate:
@@ -707,6 +719,7 @@ def main() -> None:
         save_results(results, lines, out)
         if report(left_out):
             print(report(left_out))
+        print(f"written: {out / 'results.json'}")
 
 
 if __name__ == "__main__":

@@ -244,11 +244,12 @@ class HyperLlama(nn.Module):
         The hypernetwork's LoRA is on up to the last gist, the downstream model's after it.
         """
         is_gist = tokens >= self.model.config.vocab
-        after = (is_gist.flip(1).cumsum(1).flip(1) == 0)[..., None]  # no gist follows [B, T, 1]
+        gists_to_come = is_gist.flip(1).cumsum(1).flip(1)  # from here on, itself included
+        after = (gists_to_come == 0)[..., None]  # [B, T, 1]
         if self.hyper_adapter == self.downstream_adapter:
             adapter = self.hyper_adapter
         else:
-            adapter = {self.hyper_adapter: ~after, self.downstream_adapter: after}
+            adapter = {self.hyper_adapter: ~after, self.downstream_adapter: after}  # (None: no set at all)
         return self.model(self.embed(tokens), offset=positions, adapter=adapter, mask=gist_mask(is_gist))[0]
 
 
@@ -318,16 +319,16 @@ def mean_pooled(prefix: Gists, count: int, config: Config) -> Gists:
     Nothing is learned. Keys are averaged as they were before their rotation (rotated ones from different
     positions would cancel out), and then rotated for the positions at which gists stand, 0 … count - 1.
     """
-    lengths = prefix.offset
+    lengths = prefix.offset  # rows were kept whole, from position 0 on
     counts = lengths.clamp(max=count)
     most = int(counts.max())
 
     def pool(x: Tensor) -> Tensor:  # [B, K, T, hd] -> [B, K, most, hd]
         rows = []
-        for row, length, own in zip(x, lengths.tolist(), counts.tolist()):
-            parts = row[:, :length].tensor_split(own, dim=1)
-            means = torch.stack([part.mean(1) for part in parts], dim=1)
-            rows.append(F.pad(means, (0, 0, 0, most - own)))
+        for row, length, parts in zip(x, lengths.tolist(), counts.tolist()):
+            stretches = row[:, :length].tensor_split(parts, dim=1)
+            means = torch.stack([stretch.mean(1) for stretch in stretches], dim=1)
+            rows.append(F.pad(means, (0, 0, 0, most - parts)))
         return torch.stack(rows)
 
     positions = torch.arange(prefix.past[0][0].shape[2], device=lengths.device)[None]

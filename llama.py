@@ -393,29 +393,30 @@ class Llama(nn.Module):
     ) -> list[KV]:
         """The keys and values that `forward` would return, at the tokens `kept` [B, G].
 
-        For each layer two [B, K, G, hd]. The last layer computes nothing else, so the one before needs hidden
-        states at the kept positions alone.
+        For each layer two [B, K, G, hd]. Of the last layer nothing else is asked, so it reads the kept tokens
+        alone; the one before it hands on their hidden states; all others read whole rows, as in `forward`.
         """
         x, positions, adapter = self.inputs(tokens, offset, adapter)
         angles = rotary_angles(positions, self.config)
         index = (torch.arange(len(x), device=x.device)[:, None], kept)  # into [B, T]
         T = x.shape[1]
-        last = len(self.layers) - 1
+        *layers, last = self.layers
 
         def of_kept(y: Tensor) -> Tensor:  # of P + T positions, those kept of the T new ones: [B, K, G, hd]
             return y[:, :, -T:].transpose(1, 2)[index].transpose(1, 2)
 
         present = []
-        for i, layer in enumerate(self.layers[:last]):
+        for i, layer in enumerate(layers):
             inputs = [angles, past and past[i], mask, adapter]
-            if i == last - 1:
+            if layer is layers[-1]:
                 x, *kv = self.run_layer(layer.forward_at, x, index, *inputs)
             else:
                 x, *kv = self.run_layer(layer, x, *inputs)
             present.append(tuple(map(of_kept, kv)))
-        x = x if last else x[index]
+        if not layers:  # (of a single layer)
+            x = x[index]
         angles = rotary_angles(positions[index], self.config)
-        return [*present, self.run_layer(self.layers[last].keys_values, x, angles, adapter)]
+        return [*present, self.run_layer(last.keys_values, x, angles, adapter)]
 
     def inputs(
         self, tokens: Tensor, offset: Tensor | None, adapter: Adapter
@@ -678,8 +679,11 @@ def generate(
     each_row = torch.arange(B, device=device)
     select = each_row * T + lengths - 1  # the last token of each prompt, which predicts it
 
-    def ending(row: list[int]) -> int:  # how many tokens at its end are no longer part of the answer
-        return row[-1:] == [eos] or len(until) * (row[-len(until) :] == [*until])
+    def ending(row: list[int]) -> int:
+        """How many tokens at its end are no longer part of the answer; 0 where it goes on."""
+        if row[-1:] == [eos]:
+            return 1
+        return len(until) if row[-len(until) :] == [*until] else 0
 
     rows: list[list[int]] = [[] for _ in prompts]
     for n in range(max_new_tokens):

@@ -89,14 +89,14 @@ class NF4Linear(Linear):
         from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise  # slow to import
 
         # A million numbers at a time: on the way, quantizing takes many times the room of the result.
-        parts = []
-        for part in weight.to(device, dtype).flatten().split(1 << 20):
-            parts.append(quantize_4bit(part, blocksize=BLOCK, quant_type="nf4"))
-        scales = torch.cat([state.absmax for _, state in parts])  # one for each block
+        parts = weight.to(device, dtype).flatten().split(1 << 20)
+        codes, states = zip(*(quantize_4bit(part, blocksize=BLOCK, quant_type="nf4") for part in parts))
+        self.weight = nn.Parameter(torch.cat(codes), requires_grad=False)
+        # Double quantization: of the blocks' scales, what differs from their mean, in 8 bits.
+        scales = torch.cat([state.absmax for state in states])
         mean = scales.mean()
         scales, state2 = quantize_blockwise(scales - mean, blocksize=256)
-        self.weight = nn.Parameter(torch.cat([codes for codes, _ in parts]), requires_grad=False)
-        levels = parts[0][1].code
+        levels = states[0].code
         self.state = QuantState(scales, weight.shape, levels, BLOCK, "nf4", dtype, offset=mean, state2=state2)
 
     def matmul(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import NoReturn
 
 import torch
@@ -104,23 +104,31 @@ class Options:
 # fmt: on
 
 
-def plugins(folder: str) -> dict[str, ModuleType]:
-    """The files of tasks/ or of further/ by name.
+def plugins(folder: str) -> dict[str, SimpleNamespace]:
+    """What the files of tasks/ or of further/ define, by name of the file.
 
     A chapter of further/ enters in four places: `all_options` and `check_args` read its OPTIONS and ask its
     check, `compression_of` its way to make a prefix, train.loss_terms its terms of the loss.
     """
-    names = {path.stem for path in (PROJECT / folder).glob("[a-z]*.py")}
+    names = sorted(path.stem for path in (PROJECT / folder).glob("[a-z]*.py"))
     if folder == "tasks":
-        names -= tasks.NOT_TASKS
-    return {name: import_module(f"{folder}.{name}") for name in sorted(names)}
+        return {name: tasks.find(name) for name in names if name not in tasks.NOT_TASKS}
+    return {name: SimpleNamespace(**CHAPTER | vars(import_module(f"further.{name}"))) for name in names}
+
+
+CHAPTER = {  # what a file of further/ leaves out
+    "OPTIONS": {},
+    "check": lambda args: None,
+    "compression": lambda args: None,
+    "terms": lambda run, terms: terms,
+}
 
 
 @cache
 def all_options() -> type[Options]:
     """Options, with those of the tasks and of further/."""
     more = {}
-    for module in [*map(tasks.find, plugins("tasks")), *plugins("further").values()]:
+    for module in [*plugins("tasks").values(), *plugins("further").values()]:
         more |= module.OPTIONS
     return make_dataclass(
         "AllOptions", [(name, f.metadata["kind"], f) for name, f in more.items()], bases=(Options,)
@@ -197,7 +205,8 @@ def resolve_args(typed: dict, run: dict | None = None, check: bool = True) -> Op
             moved = "" if name in typed else f", which this run was made with; --{name} says where it is now"
             raise InputError(f"--{name} {own[name]}: {problem}{moved}")
     width = read_config(Path((folders | own)["model"])).width
-    args = all_options()(**task.DEFAULTS["tiny" if width < TINY_WIDTH else "large"] | folders | own)
+    defaults = task.DEFAULTS["tiny" if width < TINY_WIDTH else "large"]
+    args = all_options()(**defaults | folders | own)  # the later wins
     if check:
         check_args(args, typed)
     return args
@@ -210,8 +219,8 @@ def check_args(args: Options, typed: dict) -> None:
     for name in task.WITHOUT:
         if typed.get(name, defaults[name]) != defaults[name]:
             raise InputError(f"{flag(name)} has no meaning for --task {args.task}")
-    for name in plugins("tasks"):
-        for other, f in tasks.find(name).OPTIONS.items():
+    for name, owner in plugins("tasks").items():
+        for other, f in owner.OPTIONS.items():
             if other not in task.OPTIONS and getattr(args, other) != f.default:
                 raise InputError(f"{flag(other)} belongs to --task {name}")
     if args.downstream != "frozen" and args.method != "hyper":
@@ -219,7 +228,7 @@ def check_args(args: Options, typed: dict) -> None:
     task.check(args)
     compression_of(args)
     for chapter in plugins("further").values():
-        if chapter.check and any(getattr(args, name) != f.default for name, f in chapter.OPTIONS.items()):
+        if any(getattr(args, name) != f.default for name, f in chapter.OPTIONS.items()):
             chapter.check(args)
     if args.method != "hyper":
         for name in sorted(typed.keys() & {"gists", "gist_lr", "controls"}):
@@ -234,17 +243,17 @@ def compression_of(args: Options) -> Compression:
     """How examples become a prefix: the paper's way, or that of the one chapter that the options name."""
     ways = {"--average": averaging(args.average)} if args.average else {}
     for chapter in plugins("further").values():
-        way = chapter.compression(args) if chapter.compression else None
+        way = chapter.compression(args)
         if way:
             typed = [flag(name) for name, f in chapter.OPTIONS.items() if getattr(args, name) != f.default]
             ways[" and ".join(typed)] = way
     if not ways:
         return Compression()
     task = tasks.find(args.task)
-    name, way = next(iter(ways.items()))
+    (name, way), *others = ways.items()
     if args.method != "hyper" or not task.WAYS:
         raise InputError(f"{name} belongs to a hypernetwork that is trained on tasks")
-    if len(ways) > 1:
+    if others:
         raise InputError(f"{', '.join(ways)} exclude each other: each is a way to make one prefix")
     if way.parts > 1 and task.ONE_SET:
         raise InputError(f"{name}: --task {args.task} has one set of examples")
@@ -288,9 +297,14 @@ def read_args(folder: Path) -> dict:
     """The options of a run."""
     path = folder / "args.json"
     if not path.exists():
-        raise InputError(f"{folder}: not the folder of a run (no args.json)")
+        what = "not the folder of a run (no args.json)" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {what}")
     with reading(path, "not what a run writes"):
-        args = all_options()(**json.loads(path.read_text()))  # another name is a TypeError
+        written = json.loads(path.read_text())
+        unknown = sorted(written.keys() - {f.name for f in fields(all_options())})
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no option; a file of tasks/ or further/ may be gone")
+        args = all_options()(**written)
         for f in fields(args):
             value = getattr(args, f.name)
             kinds = {float: (float, int), Path: (str,)}.get(f.metadata["kind"], (f.metadata["kind"],))
@@ -647,7 +661,10 @@ def run_command(main: Callable[[], None]) -> None:
     except (InputError, OSError) as problem:  # OSError: a full disk, a folder taken away, a closed pipe
         message = f"error: {problem}"
     except ImportError as problem:
-        message = f"error: {problem} (pip install -r requirements.txt installs what is needed)"
+        top = (problem.name or "").split(".")[0]  # (of this project, where a file of tasks/ has a mistake)
+        own = (PROJECT / top).exists() or (PROJECT / f"{top}.py").exists()
+        message = f"error: {problem}"
+        message += "" if own else " (pip install -r requirements.txt installs what is needed)"
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
         text = str(problem).split("\n")[0]
         if type(problem) is RuntimeError and "alloc" not in text:

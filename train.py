@@ -83,7 +83,7 @@ def main() -> None:
     task = run.task
     counting = replace(run, formatter=run.formatter.counting(Counter()))
     batches = task.batches(counting)
-    batches(args.seed, range(args.batch_size))
+    batches(args.seed, range(args.batch_size))  # a trial, whose counts are thrown away
     counting.formatter.left_out.clear()
     watched = task.watched(run)
     held_out = draw_held_out(watched) if watched else None
@@ -95,7 +95,7 @@ def main() -> None:
     if world > 1:
         dist.barrier()
         task.shard(run.hyper)
-    task.start(run, out, train)
+    task.start(run, out, train)  # (a shared prefix is trained first, by the same loop)
 
     train(run, batches, out, watched, held_out)
 
@@ -148,7 +148,7 @@ def train(
         # Each term is a sum over tokens, divided by their number in the whole step, over all its batches and
         # processes: a mean of means would give tokens of short batches more weight.
         counts = torch.tensor([[b.read, *(term.count(b) for term in terms)] for b in micro_batches])
-        read, *counts = all_sum(counts.sum(0).to(device))
+        tokens_read, *counts = all_sum(counts.sum(0).to(device))
         counts = torch.stack(counts).clamp(min=1)  # (a term may have no tokens at all)
         sums = torch.zeros(len(terms), device=device)
         for batch in micro_batches:
@@ -180,7 +180,7 @@ def train(
         line |= {name: round(mean, 4) for name, mean in named.items() if mean}
         check_finite(out, args, step, line["loss"] + line["norm"])
         seconds = max(1e-6, time.monotonic() - began)
-        line |= {"tokens_per_second": round(read.item() / seconds), "seconds": round(seconds, 4)}
+        line |= {"tokens_per_second": round(tokens_read.item() / seconds), "seconds": round(seconds, 4)}
         log(line)
         bar.set_postfix_str(in_short(line), refresh=False)
         bar.update()
@@ -220,8 +220,7 @@ def loss_terms(run: Run) -> list[Term]:
     eos = run.formatter.tokenizer.eos
     terms = [Term(1.0, lambda batch: len(batch.targets), cross_entropy)]
     for chapter in plugins("further").values():
-        if chapter.terms:
-            terms = chapter.terms(run, terms)
+        terms = chapter.terms(run, terms)
     for name, is_end in (("label", False), ("end", True)):
         terms.append(part_of_targets(name, eos, is_end))
     return terms

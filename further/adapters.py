@@ -24,7 +24,6 @@ OPTIONS = {
         help="what gists become: keys and values, or low-rank updates of q_proj and v_proj downstream",
     )
 }
-terms = None  # the loss stays as it is
 Updates = dict[
     str, tuple[Tensor, Tensor]
 ]  # path of a matrix -> A [B, r, inputs] and B [B, outputs, r], row by row

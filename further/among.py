@@ -11,7 +11,6 @@ from llama import InputError
 from run import option
 
 OPTIONS = {"gists_every": option(0, help="a part of the gists after every N examples (0: all at the end)")}
-terms = None  # the loss stays as it is
 
 
 def check(args) -> None:

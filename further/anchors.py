@@ -11,8 +11,6 @@ from run import option
 OPTIONS = {
     "anchors": option(False, help="the prefix is read at the last token of each example, without gists")
 }
-terms = None  # the loss stays as it is
-check = None  # run.compression_of says what it doesn't go with
 
 
 def compression(args) -> Compression | None:

@@ -25,8 +25,6 @@ OPTIONS = {
         help="N sets of examples one after the other, each seeing the gists of those before it",
     ),
 }
-terms = None  # the loss stays as it is
-check = None  # run.compression_of says what it doesn't go with
 
 
 def compression(args) -> Compression | None:

@@ -14,7 +14,6 @@ OPTIONS = {
         False, help="sni: the definition's own keys and values stay in the prefix beside the gists (HINT)"
     )
 }
-terms = None  # the loss stays as it is
 
 
 def check(args) -> None:

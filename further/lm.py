@@ -14,7 +14,6 @@ from run import option
 from tasks.hyperpretrain import words_of
 
 OPTIONS = {"lm": option(0.0, help="hyperpretrain: weight of ordinary language modelling on the same text")}
-compression = None  # the prefix stays as it is
 
 
 def check(args) -> None:

@@ -14,7 +14,6 @@ from run import compression_of, option
 OPTIONS = {
     "reconstruct": option(0.0, help="weight of the loss of saying the examples again, after their gists")
 }
-compression = None  # the prefix stays as it is
 
 
 def check(args) -> None:

@@ -8,8 +8,6 @@ from gist import Compression, Context
 from run import option
 
 OPTIONS = {"gists_spread": option(False, help="the gists' positions spread evenly over what they compress")}
-terms = None  # the loss stays as it is
-check = None  # run.compression_of says what it doesn't go with
 
 
 def compression(args) -> Compression | None:

@@ -28,7 +28,6 @@ OPTIONS = {
         False, help="weight each target token by how much the full context lowers its loss"
     ),
 }
-compression = None  # the prefix stays as it is
 LEAST_WORTH = 0.1  # a target's weight where the context is worth nothing for it, in nats
 
 

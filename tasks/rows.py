@@ -48,7 +48,7 @@ def parse_line(line: bytes, where: str) -> dict:
     with reading(where, "not JSON"):
         row = json.loads(line)
         if not isinstance(row, dict):
-            raise ValueError("not an object with fields")
+            raise InputError(f"{where}: not an object with fields")
         return row
 
 

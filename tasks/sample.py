@@ -56,7 +56,7 @@ class Table:
 
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
         """Every second row is a query; the examples are drawn from the others."""
-        queries = self.rows[::2][: limit or None]
+        queries = self.rows[::2][:limit]
         rows = unasked(self.rows[1::2], queries)
         return [Episode(queries, draw_rows(random.Random(f"{seed} {self.name} {n}"), rows, shots, self.name))]
 

@@ -101,7 +101,7 @@ class SNITask:
         return Episode(picked, self.examples[:shots], LAYOUT, self.definition)
 
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
-        return [Episode(self.instances[: limit or None], self.examples[:shots], LAYOUT, self.definition)]
+        return [Episode(self.instances[:limit], self.examples[:shots], LAYOUT, self.definition)]
 
 
 def full_stop(text: str) -> str:

@@ -294,7 +294,7 @@ MUTANTS = [
         'for key, t in part.items()}', 'for key, t in part.items() if key != "step"}'),
     # ----------------------------------------------------------------------------------- answers, tasks
     Mutant("evaluation: another row's prefix", "eval.py", [RANKED],
-        "int_tensor(rows, run.device)", "int_tensor([0 for _ in rows], run.device)"),
+        "int_tensor([asked[i].row for i in chosen], run.device)", "int_tensor([0 for _ in chosen], run.device)"),
     Mutant("few-shot evaluation: a second BOS", "eval.py", [RANKED],
         '-shot", shots_context, read, trained=False, instruct="continues")',
         '-shot", shots_context, read, trained=False, instruct="no")'),
@@ -339,8 +339,8 @@ MUTANTS = [
     Mutant("norm of a sum instead of a mean", "llama.py", [LLAMA],
         ".square() / x.shape[-1]", ".square()"),
     Mutant("NF4: the scale of another block", "lora.py", [QUANTIZED],
-        "torch.cat([state.absmax for _, state in parts])",
-        "torch.cat([state.absmax for _, state in parts]).roll(1)"),
+        "torch.cat([state.absmax for state in states])",
+        "torch.cat([state.absmax for state in states]).roll(1)"),
 ]  # fmt: skip
 
 

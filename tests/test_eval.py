@@ -301,6 +301,9 @@ def test_evaluation_options_reach_a_run_and_others_stay(tmp_path):
         assert (plain.sets, plain.controls, plain.score) == (sets, True, "sum")
 
 
+ARGS = resolve_args({"task": "p3"})
+
+
 def test_results_of_other_data_or_more_sets_have_folders_of_their_own_beside_the_runs(tmp_path):
     """And none stands in the way of another."""
     folder, other = save_args(tmp_path / "run"), tmp_path / "mine"
@@ -313,7 +316,7 @@ def test_results_of_other_data_or_more_sets_have_folders_of_their_own_beside_the
     ):
         args, _, out = parse([str(folder), *options])
         assert out == folder / name
-        take_folder(out, folder)
+        take_folder(out, folder, ARGS)
         (out / "results.json").write_text("{}")
         release_folders()
     assert args.data == str(other)
@@ -341,7 +344,7 @@ def test_results_replace_nothing_but_results(tmp_path, released):
     another = save_args(tmp_path / "another")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "results.json").write_text("mine")
-    take_folder(folder, folder)
+    take_folder(folder, folder, ARGS)
     for out, message in (
         (another, "holds another run"),
         (tmp_path / "mine", "no run wrote"),
@@ -349,13 +352,13 @@ def test_results_replace_nothing_but_results(tmp_path, released):
     ):
         release_folders()
         with pytest.raises(InputError, match=message):
-            take_folder(out, folder)
+            take_folder(out, folder, ARGS)
     for _ in range(2):  # an earlier evaluation may be replaced
         release_folders()
-        take_folder(tmp_path / "new", folder)
+        take_folder(tmp_path / "new", folder, ARGS)
         (tmp_path / "new" / "results.json").write_text("{}")
     with pytest.raises(InputError, match="another command is writing here"):
-        take_folder(tmp_path / "new", None)
+        take_folder(tmp_path / "new", None, ARGS)
     assert (tmp_path / "mine" / "results.json").read_text() == "mine" and (folder / "args.json").exists()
 
 
@@ -368,13 +371,13 @@ def test_an_evaluation_that_fails_removes_nothing_that_was_made_before(tmp_path,
     folder = save_args(tmp_path / "run")
     (folder / MARK).touch()
     (folder / name).write_text(content)
-    take_folder(folder, folder)
+    take_folder(folder, folder, ARGS)
     release_folders()
     assert (folder / name).read_text() == content and (folder / "args.json").exists()
 
 
 def test_a_run_that_is_evaluated_may_be_read_by_others_and_not_written(tmp_path, released):
-    take_folder(tmp_path / "one", save_args(tmp_path / "run"))
+    take_folder(tmp_path / "one", save_args(tmp_path / "run"), ARGS)
     reader = os.open(tmp_path / "run", os.O_RDONLY)
     fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as a second evaluation with another --out would
     with pytest.raises(BlockingIOError):

@@ -13,7 +13,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from conftest import ROOT, config, contents, part_of, random_hyper, refusal, run, train
+from conftest import ROOT, SHORT, config, contents, part_of, random_hyper, refusal, run, train
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -228,6 +228,21 @@ def test_a_picture_replaces_only_a_picture_of_ours(tmp_path, figures, kind):
     assert path.read_bytes() != first and MADE_BY.encode() in path.read_bytes(), "our own is replaced"
 
 
+def test_a_tuned_prefix_is_exported_for_each_task(tmp_path):
+    out = tmp_path / "run"
+    run("--task prefix --init text --steps 1", SHORT, "--out", out)
+    run(out, "--out", tmp_path / "peft", program="export")
+    a_run = open_run(resolve_args({}, read_args(out)), out)
+    c = a_run.hyper.model.config
+    assert len(a_run.hyper.tasks) == 2
+    for t, name in enumerate(a_run.hyper.tasks):
+        (embeddings,) = load_tensors(tmp_path / "peft" / name / "adapter_model.safetensors")[0].values()
+        layers = embeddings.view(4, c.layers, 2, c.kv_heads, c.head_size).permute(1, 2, 3, 0, 4)
+        tuned = a_run.task.prefix_of(a_run, t).past
+        assert torch.equal(layers, torch.stack([torch.stack((k[0], v[0])) for k, v in tuned]))
+    assert "no hypernetwork" in refusal(out, "--examples", ROOT / "tiny" / "my.jsonl", program="answer")
+
+
 EITHER = "either --examples FILE or --gists FILE"
 
 
@@ -235,7 +250,8 @@ EITHER = "either --examples FILE or --gists FILE"
     ([], EITHER), (["--save", "f"], EITHER), (["--input", "x"], EITHER),
     (["--examples", "a", "--gists", "b"], EITHER), (["--examples", ""], "an empty file name"),
     (["--gists", "g", "--save", "f"], "--save needs --examples"),
-    (["--gists", "g", "--options", "a"], "two or more"),
+    (["--gists", "g", "--options", "a"], "two or more"), (["--gists", "g", "--input", " "], "is empty"),
+    (["--examples", "e", "--save", "nowhere/g"], "there is no folder nowhere"),
     (["--gists", "g", "--options", "a,a"], "two or more"),
 ])  # fmt: skip
 def test_options_of_answer_that_do_not_go_together_are_refused(tmp_path, argv, message):
@@ -387,7 +403,9 @@ def test_a_table_of_runs_has_mean_and_deviation(tmp_path):
     assert lines[0] == "| accuracy | result | 0-shot | seconds a run |" and len(lines) == 4
     assert lines[2] == "| one row | 65.0 ± 7.1 | 50.0 ± 0.0 | 4 |" and lines[3] == "| two | 10.0 | 50.0 | 4 |"
     write_run(tmp_path / "two" / "seed0" / "data-other", 90.0, data="other")
-    assert compare([tmp_path / "two" / "seed0"]).splitlines()[2] == "| seed0 | 10.0 | 50.0 | 4 |", "a run itself"
+    assert compare([tmp_path / "two" / "seed0"]).splitlines()[2] == "| seed0 | 10.0 | 50.0 | 4 |", (
+        "a run itself"
+    )
     with pytest.raises(InputError, match="no runs"):
         compare([tmp_path])
     write_run(tmp_path / "two" / "seed1", 20.0, shots=2)

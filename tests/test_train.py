@@ -86,6 +86,9 @@ def test_a_run_that_measures_also_says_where_it_began(tmp_path):
     run(measured, SCORED, "--data", tmp_path / "other", program="eval")
     assert results(measured) == after, "other data have a folder of their own"
     assert results(measured / "data-other")["before"] is None
+    shutil.copytree(FEW_TASKS, tmp_path / "more" / "other", symlinks=True)
+    line = refusal(measured, SCORED, "--data", tmp_path / "more" / "other", program="eval")
+    assert "data-other: holds the results of" in line
 
 
 def test_the_schedule_warms_up_and_ends_at_zero():

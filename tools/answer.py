@@ -56,6 +56,9 @@ def compress_examples(run: Run, path: Path) -> Gists:
         raise InputError(f"{path}: no example fits into {run.args.context} tokens")
     if unread:
         print(report(left_out), file=sys.stderr)
+    shots = run.args.shots
+    if len(examples) - unread > shots and not run.task.ONE_SET:
+        print(f"note: the run was trained with {shots} examples, and reads more here", file=sys.stderr)
     gists = compress(run, [context], None)
     kept = gists.length or len(run.hyper.gists)
     read = sum(token < run.hyper.model.config.vocab for row in context for token in row.tokens)
@@ -119,6 +122,10 @@ def main() -> None:
         raise InputError("name either --examples FILE or --gists FILE")
     if save and not examples:
         raise InputError("--save needs --examples")
+    if save and not Path(save).absolute().parent.is_dir():
+        raise InputError(f"--save {save}: there is no folder {Path(save).parent}")
+    if text is not None and not text.strip():
+        raise InputError("--input: is empty")
     choices = [] if options is None else [as_text(c.strip(), "--options") for c in options.split(",")]
     if not all(choices) or len(set(choices)) < len(choices) or len(choices) == 1:
         what = "needs two or more different answers, with a comma between them"
@@ -150,6 +157,8 @@ def main() -> None:
     elif not save:
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")  # what isn't text is refused by as_text
+        if sys.stdin.isatty():
+            print("an input a line; Ctrl-D ends", file=sys.stderr)
         for line in sys.stdin:
             if line.strip():
                 print(answer(run, gists, as_text(line.strip(), "stdin"), choices), flush=True)

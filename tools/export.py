@@ -1,7 +1,8 @@
-"""A run's LoRA sets as peft reads them.
+"""What a run has trained, as peft reads it.
 
     python -m tools.export RUN --out DIR                 DIR/hyper, and DIR/downstream with --downstream lora
     python -m tools.export RUN --gists FILE --out DIR    a saved prefix (tools.answer) as peft's CARTRIDGE
+    python -m tools.export PREFIXES --out DIR            DIR/TASK, a tuned prefix (--task prefix) as the same
 
 Each folder holds adapter_model.safetensors and adapter_config.json; PeftModel.from_pretrained(base, FOLDER)
 opens it. A saved prefix needs no adapter with a frozen downstream model; otherwise it comes with one.
@@ -49,7 +50,7 @@ def load_gists(path: Path, about: dict[str, str], model: Llama) -> Gists:
     tensors, metadata = load_tensors(path)
     for key, value in about.items():
         if metadata.get(key) != value:
-            raise InputError(f"{path}: made with another {key} ({metadata.get(key)}, not {value})")
+            raise InputError(f"{path}: made with another {key} (a run that is trained again is another)")
     c = model.config
     weight = model.embed_tokens.weight
     names = {f"{i}.{part}" for i in range(c.layers) for part in ("key", "value")}
@@ -141,6 +142,13 @@ def main() -> None:
         prefix = load_gists(Path(gists), belongs_to(run, folder), run.hyper.model)
         check_export(out, "--out")
         export_prefix(run, prefix, out)
+        return
+    if run.task.prefix_of:
+        tuned = {out / name: run.task.prefix_of(run, t) for t, name in enumerate(run.hyper.tasks)}
+        for place in tuned:
+            check_export(place, "--out")
+        for place, prefix in tuned.items():
+            export_prefix(run, prefix, place)
         return
     sets = {name for linear in linears(run.hyper.model).values() for name in linear.lora}
     names = sorted(sets & {"hyper", "downstream"})
