@@ -1,4 +1,4 @@
-"""Evaluation: held-out tasks by option ranking or ROUGE-L, with the baselines and controls beside the number.
+"""Evaluation: held-out tasks by ranking of choices or ROUGE-L, with the baselines and controls beside the number.
 
     python eval.py RUN                                     evaluate a run of train.py
     python eval.py --model DIR --task p3 --method fewshot  a plain Llama: a run of no steps
@@ -61,14 +61,14 @@ def choice_rows(prompts, choices, device: torch.device) -> tuple[Tensor, Tensor,
     """
     T = max(map(row_length, prompts, choices))
     rows, branches, positions, predictors = [], [], [], []
-    for n, (prompt, options) in enumerate(zip(prompts, choices)):
+    for n, (prompt, own) in enumerate(zip(prompts, choices)):
         row = [*prompt]
         branch = [0] * len(prompt)
         position = [*range(len(prompt))]
-        for number, option in enumerate(options, 1):
-            here = range(len(row), len(row) + len(option) - 1)
+        for number, choice in enumerate(own, 1):
+            here = range(len(row), len(row) + len(choice) - 1)
             predictors += [n * T + len(prompt) - 1, *(n * T + t for t in here)]
-            row += option[:-1]
+            row += choice[:-1]
             branch += [number] * len(here)
             position += range(len(prompt), len(prompt) + len(here))
         rows.append(row)
@@ -105,16 +105,16 @@ def score_choices(
     select, logit_row = predictors.unique(return_inverse=True)
     logits = model(tokens, **past | {"offset": positions, "mask": mask}, select=select)[0].float()
 
-    flat = [option for options in choices for option in options]
-    targets = int_tensor([token for option in flat for token in option], device)
+    flat = [choice for own in choices for choice in own]
+    targets = int_tensor([token for choice in flat for token in choice], device)
     log_probs = logits[logit_row, targets] - logits.logsumexp(-1)[logit_row]
-    parts = log_probs.split([len(option) for option in flat])
+    parts = log_probs.split([len(choice) for choice in flat])
     scores = torch.stack([part.mean() if mean else part.sum() for part in parts])
-    return [of_prompt.tolist() for of_prompt in scores.split([len(options) for options in choices])]
+    return [of_prompt.tolist() for of_prompt in scores.split([len(own) for own in choices])]
 
 
 def row_length(prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> int:
-    return len(prompt) + sum(len(option) - 1 for option in choices)
+    return len(prompt) + sum(len(choice) - 1 for choice in choices)
 
 
 # ------------------------------------------------------------------------------------ what is compared
@@ -158,7 +158,7 @@ def one_set(run: Run, episode: Episode) -> Episode:
 def longest_query(formatter: Formatter, episode: Episode) -> int:
     """Tokens that an episode's longest query needs after examples in context, with its longest choice."""
     prompts, choices = encode_queries(formatter, episode, "continues")
-    return max(len(p) + max(map(len, options), default=0) for p, options in zip(prompts, choices))
+    return max(len(p) + max(map(len, own), default=0) for p, own in zip(prompts, choices))
 
 
 def read(run: Run, contexts: Sequence[list[Context]], adapter: str | None) -> Gists:
@@ -267,10 +267,10 @@ def encode_queries(formatter: Formatter, episode: Episode, instruct: str = "no")
     """Prompts, and the choices of each (none where answers are generated)."""
     prompts, choices = [], []
     for query in episode.queries:
-        options = [formatter.target(episode, choice) for choice in query.choices]
-        budget = formatter.query_length - max(map(len, options), default=0)
+        own = [formatter.target(episode, choice) for choice in query.choices]
+        budget = formatter.query_length - max(map(len, own), default=0)
         prompts.append(formatter.query(episode, query, budget, instruct))
-        choices.append(options)
+        choices.append(own)
     return prompts, choices
 
 
@@ -689,7 +689,7 @@ def take_folder(out: Path, folder: Path | None, args: Options) -> None:
     (out / MARK).touch()
     path = out / "results.json"
     with reading(path, "not the results of a run"):
-        before = json.loads(path.read_text())["args"]["data"] if path.exists() else None
+        before = json.loads(path.read_text()).get("args", {}).get("data") if path.exists() else None
     if before not in (None, portable(args)["data"]):  # two folders can have the same last name
         raise InputError(f"--out {out}: holds the results of {before}; another name keeps both")
 

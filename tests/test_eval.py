@@ -261,7 +261,7 @@ def test_instances_of_sni_are_what_is_averaged(capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ([], "name a RUN"), (["--task", "p3"], "name a RUN"), (["nowhere"], "not the folder of a run"),
+    ([], "name a RUN"), (["--task", "p3"], "name a RUN"), (["nowhere"], "no such folder"),
     (["nowhere", "--gists", "4"], "--gists"), (["nowhere", "--task", "p3"], "--task"),
     (["--task", "p3", "--method", "hyper"], "name a RUN"), (["nowhere", "--out", ""], "an empty name"),
     (["--task", "prefix", "--method", "fewshot"], "name a RUN"),
