@@ -94,7 +94,7 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         for n in (1, 2, 4, 8, 16)
     },
     "places": {
-        "at the end": f"--task p3 --model {ALL}/layout/C_further/seed0 --measure 0",
+        "C further": f"--task p3 --model {ALL}/layout/C_further/seed0 --measure 0",
         "every 4": f"--task p3 --model {ALL}/layout/C_further,_every_4/seed0 --gists-every 4 --measure 0",
         "spread": f"--task p3 --model {ALL}/layout/C_further,_spread/seed0 --gists-spread --measure 0",
         "anchors": f"--task p3 --model {ALL}/layout/C_further,_anchors/seed0 --anchors --measure 0",
@@ -126,6 +126,8 @@ TITLES = {
     "symbol": "Symbol tuning",
     "helps": "What helps",
     "gists": "Fewer gists",
+    "drawn": "Any number of gists",
+    "places": "Places, each with a C of its own",
     "shots": "Fewer examples",
 }
 INTRO = """# Results in miniature
@@ -175,6 +177,10 @@ examples in context, see its column 16-shot.""",
     "gists": """P3 as above, from C with the first of its gists, 300 steps each: the same sixteen examples,
 about 378 tokens, in fewer gists. Mean-pooled and fewer shots are those of as many positions; label anchors
 have seventeen.""",
+    "drawn": """P3 as above, from a C that was hyperpretrained 300 steps further on the third file of text, each step
+with so many gists as were drawn, from 1 to 16. "C further" had the same steps and sixteen gists in each.""",
+    "places": """P3 as above. Each row's C was hyperpretrained 300 steps further on the third file of text, with
+its prefix in that place: after the text, or in parts after every four of its sixteen stretches.""",
     "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples.""",
 }
 PICTURES = {  # table -> picture -> caption
@@ -182,6 +188,7 @@ PICTURES = {  # table -> picture -> caption
     "p3": {"first-screen": "the row C as bars", "training": "held-out tasks of P3 during training, from C"},
     "prefix": {"prefix-tuning": "accuracy during prefix tuning"},
     "gists": {"gists": "accuracy by the number of gists"},
+    "drawn": {"drawn": "accuracy by the number of gists, after hyperpretraining with any number of them"},
     "shots": {"shots": "accuracy by the number of examples"},
 }
 
@@ -288,6 +295,8 @@ def write_results(path: Path) -> None:
             rows = [folder_of("p3", row) for row in ("HyperLlama", "C") if runs_of("p3", row)] + rows
         if table in ("gists", "shots") and rows and runs_of("p3", "C"):
             rows.append(folder_of("p3", "C"))
+        if table == "drawn" and rows and runs_of("places", "C further"):
+            rows.append(folder_of("places", "C further"))
         if not rows:
             continue
         results = compare(rows).replace("| tiny |", "| tiny/llama-c |")
@@ -315,10 +324,10 @@ def draw(figures: Path) -> None:
     prefixes = runs_of("prefix")
     if prefixes:
         plot(prefixes, figures / "prefix-tuning.png")
-    for by in ("gists", "shots"):
-        runs = runs_of(by)
+    for table, by in (("gists", "gists"), ("drawn", "gists"), ("shots", "shots")):
+        runs = runs_of(table)
         if runs:
-            plot(runs + c, figures / f"{by}.png", by)
+            plot(runs + c * (table != "drawn"), figures / f"{table}.png", by)
     if c:
         plot(c, figures / "training.png")
         bars(c, figures / "first-screen.png")
