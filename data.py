@@ -35,21 +35,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a task is written.
+    """How a task is written. (Of a query, too long an input loses its beginning.)"""
 
-    shot         an example: {n} its number, {input}, {target}
-    head, tail   what comes before and after the input of a query (too long an input loses its beginning)
-    space        what comes before the input and the target of a query
-    instruction  what comes before everything, around an instruction
-    end          where a generated answer is cut: what follows a target where examples stand in a row
-    """
-
-    shot: str
-    head: str
-    tail: str
-    space: str = ""
-    instruction: str = "{}"
-    end: str = "\nInput:\n"
+    shot: str  # an example: {n} its number, {input}, {target}
+    head: str  # before the input of a query
+    tail: str  # after it
+    space: str = ""  # before the input and the target of a query
+    instruction: str = "{}"  # before everything, around an instruction
+    end: str = "\nInput:\n"  # what follows a target where examples stand in a row: cuts a generated answer
 
     def example(self, n: int, example: Example) -> str:
         return self.shot.format(n=n, input=example.input, target=example.target)
@@ -95,22 +88,17 @@ ROOM_FOR_QUERY = 32  # tokens of a downstream row that its target must leave to 
 class Formatter:
     """Turns episodes into rows of tokens within a budget.
 
-        row                          budget                   what is too long
-        instruction, examples,       context                  instruction: beyond half, cut at its end;
-        gists (or query, target)                              examples: left out whole, one by one
-        query, target                query_length             input: cut at its beginning; target: never
-
-    context       most tokens of a row of examples, gists included
-    query_length  most tokens of a query with its target
-    end           what a target ends with: "eos", or "layout", what follows it where examples stand in a row
-    left_out      counts what didn't fit (report)
+    row                          budget                   what is too long
+    instruction, examples,       context                  instruction: beyond half, cut at its end;
+    gists (or query, target)                              examples: left out whole, one by one
+    query, target                query_length             input: cut at its beginning; target: never
     """
 
     tokenizer: Tokenizer
-    context: int
-    query_length: int
-    end: str = "eos"
-    left_out: Counter[str] = field(default_factory=Counter)
+    context: int  # most tokens of a row of examples, gists included
+    query_length: int  # most tokens of a query with its target
+    end: str = "eos"  # what a target ends with; "layout": what follows it where examples stand in a row
+    left_out: Counter[str] = field(default_factory=Counter)  # counts what didn't fit (report)
 
     def counting(self, left_out: Counter[str]) -> "Formatter":
         """The same, which counts here."""
@@ -226,22 +214,14 @@ class Sample(NamedTuple):
 
 @dataclass
 class Batch:
-    """What `HyperLlama.forward` reads. N queries share the contexts of B samples; M tokens have a loss.
+    """What `HyperLlama.forward` reads. N queries share the contexts of B samples; M tokens have a loss."""
 
-    context  rows for the hypernetwork, usually one piece of B rows; or None
-    row      [N] which sample each query belongs to
-    tokens   [N, T] the queries with their targets (without the last token, which is only predicted)
-    select   [M] where a target token is predicted, as indices into N·T
-    targets  [M] the tokens to predict there
-    read     tokens read, padding left out: for tokens/s
-    """
-
-    context: list[Rows] | None
-    row: Tensor
-    tokens: Tensor
-    select: Tensor
-    targets: Tensor
-    read: int
+    context: list[Rows] | None  # rows for the hypernetwork, usually one piece of B rows; or None
+    row: Tensor  # [N] which sample each query belongs to
+    tokens: Tensor  # [N, T] the queries with their targets (without the last token, which is only predicted)
+    select: Tensor  # [M] where a target token is predicted, as indices into N·T
+    targets: Tensor  # [M] the tokens to predict there
+    read: int  # tokens read, padding left out: for tokens/s
 
     def to(self, device) -> "Batch":
         context = self.context and [rows.to(device) for rows in self.context]
@@ -250,17 +230,12 @@ class Batch:
 
 
 class Term(NamedTuple):
-    """A term of the loss: weight × the sum over some tokens / their number in the whole step.
-
-    count  batch -> the number of its tokens; the whole step divides by the same sum of them
-    loss   (hyper, batch, gists, logits) -> the sum over the batch's tokens
-    name   the log has its mean as `name`_loss; without a name, only the sum of all terms
-    """
+    """A term of the loss: weight × the sum over some tokens / their number in the whole step."""
 
     weight: float
-    count: Callable
-    loss: Callable
-    name: str = ""
+    count: Callable  # batch -> the number of its tokens; the whole step divides by the same sum of them
+    loss: Callable  # (hyper, batch, gists, logits) -> the sum over the batch's tokens
+    name: str = ""  # the log has its mean as `name`_loss; without a name, only the sum of all terms
 
 
 NO_LOSS = -100  # a label that isn't predicted

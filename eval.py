@@ -1,4 +1,4 @@
-"""Evaluation: held-out tasks by ranking of choices or ROUGE-L, with the baselines and controls beside the number.
+"""Evaluation: held-out tasks by ranking or ROUGE-L, with the baselines and controls beside the number.
 
     python eval.py RUN                                     evaluate a run of train.py
     python eval.py --model DIR --task p3 --method fewshot  a plain Llama: a run of no steps
@@ -89,8 +89,7 @@ def score_choices(
 ) -> list[list[float]]:
     """Log-probability of each choice of each prompt: the sum over its tokens (`mean`: their mean).
 
-    prefix: what comes before each of the N prompts. A row is a prompt and then all its choices: each goes on
-    from the end of the prompt, at the same positions, and sees the prompt and itself. Nothing is read twice.
+    prefix: what comes before each of the N prompts. A choice sees its prompt and itself.
     """
     device = model.embed_tokens.weight.device
     tokens, branch, positions, predictors = choice_rows(prompts, choices, device)
@@ -110,6 +109,8 @@ def score_choices(
     log_probs = logits[logit_row, targets] - logits.logsumexp(-1)[logit_row]
     parts = log_probs.split([len(choice) for choice in flat])
     scores = torch.stack([part.mean() if mean else part.sum() for part in parts])
+    if not scores.isfinite().all():
+        raise InputError("a query's scores aren't finite: the model or its adapters hold NaN or inf")
     return [of_prompt.tolist() for of_prompt in scores.split([len(own) for own in choices])]
 
 
@@ -119,19 +120,11 @@ def row_length(prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> int:
 
 # ------------------------------------------------------------------------------------ what is compared
 
-# What comes before a query, in two steps: a context, the tokens that are read: (run, episode, task number);
-# and a prefix, their keys and values, of (run, contexts of several episodes, LoRA set).
+# What comes before a query, in two steps: a context, the tokens that are read, of (run, episode); and a
+# prefix, their keys and values, of (run, contexts of several episodes, LoRA set).
 
 
-def no_context(run: Run, episode: Episode, t: int) -> None:
-    """Nothing is read."""
-
-
-def no_prefix(run: Run, contexts: Sequence[None], adapter: str | None) -> Gists:
-    return nothing(run.device)
-
-
-def gist_context(run: Run, episode: Episode, t: int) -> list:
+def gist_context(run: Run, episode: Episode) -> list:
     """The rows that the hypernetwork reads."""
     return run.hyper.compression.contexts(run.formatter, episode, run.hyper.gist_ids)
 
@@ -141,7 +134,7 @@ def compress(run: Run, contexts: Sequence[list], adapter: str | None) -> Gists:
     return run.hyper.compression.prefix(run.hyper, pieces)
 
 
-def shots_context(run: Run, episode: Episode, t: int) -> list[Context]:
+def shots_context(run: Run, episode: Episode) -> list[Context]:
     """All examples as they are: few-shot prompting."""
     episode = one_set(run, episode)
     room = run.args.context - longest_query(run.formatter, episode)
@@ -170,46 +163,33 @@ def pool(run: Run, contexts: Sequence[list[Context]], adapter: str | None) -> Gi
     return mean_pooled(read(run, contexts, None), len(run.hyper.gists), run.hyper.model.config)
 
 
-def anchor_context(run: Run, episode: Episode, t: int) -> list[Context]:
+def anchor_context(run: Run, episode: Episode) -> list[Context]:
     return [label_anchors(run.formatter, one_set(run, episode))]
 
 
-def fewer_context(run: Run, episode: Episode, t: int) -> list[Context]:
+def fewer_context(run: Run, episode: Episode) -> list[Context]:
     """A control: whole examples in as many raw tokens as there are gists; at least one."""
     bare = replace(episode, instruction="")
     one = run.formatter.context_tokens(replace(bare, shots=bare.shots[:1]))
     return [keep_all(run.formatter.context_tokens(bare, budget=max(len(one), len(run.hyper.gists))))]
 
 
-def task_context(run: Run, episode: Episode, t: int) -> int:
-    """Prefix tuning: nothing is read, the task has a prefix."""
-    return t
-
-
 def tuned(run: Run, contexts: Sequence[int], adapter: str | None) -> Gists:
-    return run.task.prefix_of(run, contexts[0])[
-        torch.zeros(len(contexts), dtype=torch.long, device=run.device)
-    ]
+    """Prefix tuning: nothing is read, the task has a prefix. contexts: its number, for each episode."""
+    return run.task.prefix_of(run, contexts[0])[int_tensor([0] * len(contexts), run.device)]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table.
-
-    context, prefix  what comes before a query, as above; by default nothing
-    trained   whether the run's own LoRA set answers; else the model without it does
-    base      whether the model answers as it was before hyperpretraining (Run.base)
-    instruct  what a query begins with (Formatter.query); None: as --instruction-downstream says
-    other     whether the context is that of another task
-    """
+    """One column of the table."""
 
     title: str
-    context: Callable = no_context
-    prefix: Callable = no_prefix
-    trained: bool = True
-    base: bool = False
-    instruct: str | None = None
-    other: bool = False
+    context: Callable | None = None  # what comes before a query, as above; None: nothing is read
+    prefix: Callable | None = None  # None: nothing comes before a query
+    trained: bool = True  # whether the run's own LoRA set answers; else the model without it does
+    base: bool = False  # whether the model answers as it was before hyperpretraining (Run.base)
+    instruct: str | None = None  # what a query begins with (Formatter.query); None: as the run's options say
+    other: bool = False  # whether the context is that of another task
 
 
 MAIN = {
@@ -240,7 +220,7 @@ def columns(run: Run, tasks: Sequence[Task]) -> dict[str, Column]:
     """The number itself ("main"), the untouched model, and what a hypernetwork has to be better than."""
     plain = {name: BASELINES[name] for name in ("zeroshot", "fewshot")}
     if run.task.prefix_of:
-        return {"main": Column("prefix", task_context, tuned)} | plain
+        return {"main": Column("prefix", prefix=tuned)} | plain
     main = {"main": MAIN[run.args.method]}
     if run.args.method != "hyper" or not run.args.controls:
         return main | plain
@@ -282,7 +262,7 @@ def encode(
     encoded = []
     for i, episode in enumerate(episodes):
         source = others[i % len(others)] if column.other else episode
-        context = column.context(run, source, t)
+        context = column.context(run, source) if column.context else t
         encoded.append(Encoded(context, *encode_queries(run.formatter, episode, instruct)))
     return encoded
 
@@ -303,14 +283,6 @@ def token_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     yield rows
 
 
-class Asked(NamedTuple):
-    """A query among those that are answered together."""
-
-    row: int  # of the prefixes
-    episode: int
-    query: int
-
-
 @torch.no_grad()
 def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Encoded]) -> list[str]:
     """The answer to each query: its best-scored choice, or what the model writes."""
@@ -318,33 +290,27 @@ def predict(run: Run, column: Column, episodes: list[Episode], encoded: list[Enc
     adapter = run.hyper.downstream_adapter if column.trained else None
     answers = {}  # (episode, query) -> text
     for part in token_batches([context_length(item.context) for item in encoded], most):
-        prefix = column.prefix(run, [encoded[e].context for e in part], adapter)
-        asked = [Asked(row, e, q) for row, e in enumerate(part) for q in range(len(episodes[e].queries))]
-        prompts = [encoded[one.episode].prompts[one.query] for one in asked]
-        choices = [encoded[one.episode].choices[one.query] for one in asked]
+        contexts = [encoded[e].context for e in part]
+        prefix = column.prefix(run, contexts, adapter) if column.prefix else nothing(run.device)
+        # Each query that is asked after one of these: its row of the prefix, its episode, its number there.
+        asked = [(row, e, q) for row, e in enumerate(part) for q in range(len(episodes[e].queries))]
+        prompts = [encoded[e].prompts[q] for _, e, q in asked]
+        choices = [encoded[e].choices[q] for _, e, q in asked]
         longest = [row_length(p, c) if c else len(p) + MAX_NEW_TOKENS for p, c in zip(prompts, choices)]
         for chosen in token_batches([prefix.length + length for length in longest], most):
-            before = prefix[int_tensor([asked[i].row for i in chosen], run.device)]
+            queries = [asked[i] for i in chosen]
+            before = prefix[int_tensor([row for row, _, _ in queries], run.device)]
             batch = [prompts[i] for i in chosen]
             if choices[chosen[0]]:
-                best = choose(run, batch, [choices[i] for i in chosen], before, adapter)
-                queries = [episodes[asked[i].episode].queries[asked[i].query] for i in chosen]
-                texts = [query.choices[number] for query, number in zip(queries, best)]
+                own = [choices[i] for i in chosen]
+                mean = run.args.score == "mean"
+                scores = score_choices(run.hyper.model, batch, own, before, adapter, mean)
+                best = [of_query.index(max(of_query)) for of_query in scores]
+                texts = [episodes[e].queries[q].choices[n] for (_, e, q), n in zip(queries, best)]
             else:
                 texts = write_answers(run, episodes[part[0]], batch, before, adapter)
-            for i, text in zip(chosen, texts):
-                answers[asked[i].episode, asked[i].query] = text
+            answers |= {(e, q): text for (_, e, q), text in zip(queries, texts)}
     return [answers[key] for key in sorted(answers)]
-
-
-def choose(run: Run, prompts, choices, prefix: Gists, adapter: str | None) -> list[int]:
-    """The number of each prompt's best choice."""
-    best = []
-    for scores in score_choices(run.hyper.model, prompts, choices, prefix, adapter, run.args.score == "mean"):
-        if not all(map(math.isfinite, scores)):
-            raise InputError("a query's scores aren't finite: the model or its adapters hold NaN or inf")
-        best.append(scores.index(max(scores)))
-    return best
 
 
 def write_answers(run: Run, episode: Episode, prompts, prefix: Gists, adapter: str | None) -> list[str]:
@@ -362,23 +328,15 @@ def write_answers(run: Run, episode: Episode, prompts, prefix: Gists, adapter: s
 
 @dataclass
 class HeldOut:
-    """Tasks to evaluate on.
-
-    episodes  draw of examples -> task -> episodes
-    left_out  what didn't fit into what the run itself reads, counted
-    shots     task -> "hyper", "fewshot" -> how many examples could be read, on average
-    all_read  whether these are all examples
-    digests   (column, task, draw) -> digest, as far as computed
-    scores    digest and step -> mean score, as far as computed
-    """
+    """Tasks to evaluate on."""
 
     tasks: Sequence[Task]
-    episodes: list[list[list[Episode]]]
-    left_out: Counter[str]
-    shots: list[dict[str, float]]
-    all_read: bool = True
-    digests: dict[tuple[str, int, int], str] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
+    episodes: list[list[list[Episode]]]  # draw of examples -> task -> episodes
+    left_out: Counter[str]  # what didn't fit into what the run itself reads, counted
+    shots: list[dict[str, float]]  # task -> "hyper", "fewshot" -> how many examples could be read (mean)
+    all_read: bool = True  # whether these are all examples
+    digests: dict[tuple[str, int, int], str] = field(default_factory=dict)  # of (column, task, draw), so far
+    scores: dict[str, float] = field(default_factory=dict)  # digest and step -> mean score, so far
 
     @property
     def sizes(self) -> list[int]:
@@ -412,7 +370,7 @@ def draw_held_out(run: Run) -> HeldOut:
             counts = Counter()
             counting = replace(run, formatter=run.formatter.counting(counts))
             for episode in drawn:
-                context(counting, episode, t)
+                context(counting, episode)
             shots[t][name] = (counts["shots"] - counts["shots left out"]) / len(drawn)
             if args.method in (name, "hyper"):
                 all_read = all_read and not counts["shots left out"]
@@ -428,7 +386,7 @@ def digest(run: Run, column: Column, episodes: list[Episode], others: list[Episo
     adapter = run.hyper.downstream_adapter if column.trained else None
     model = run.hyper.model
     held = (model.checksum, str(model.embed_tokens.weight.dtype), run.args.quantize, run.args.gists)
-    how = (column.prefix.__name__, adapter, run.args.score, held)
+    how = (column.prefix and column.prefix.__name__, adapter, run.args.score, held)
     right = [(query.target, query.references) for episode in episodes for query in episode.queries]
     return hashlib.sha256(repr((how, encoded, right, trained_by(run, column))).encode()).hexdigest()
 
@@ -448,11 +406,9 @@ def score_all(
 ) -> dict[str, list[list[float]]]:
     """The mean score: column -> task -> draw. Under torchrun, the work is divided among the processes.
 
-    What has an equal key is scored once: the control without a prefix and 0-shot, where the model is frozen;
-    0-shot with each draw of examples; the last measurement along the way and the result.
-
-    step: how many steps the model has been trained.
-    out: a folder that keeps what is done until all is, so that an interrupted evaluation goes on.
+    What has an equal key is scored once: 0-shot with each draw of examples, say, or the last measurement
+    along the way and the result. step: how many steps the model has been trained. out: a folder that keeps
+    what is done until all is, so that an interrupted evaluation goes on.
     """
     rank, world = processes()
     work = {}  # key -> the first (column, task, draw) that has it
@@ -561,18 +517,12 @@ def draw_averages(
     scores: task -> draw. chosen: the numbers of the tasks that count.
     """
     chosen = range(len(scores)) if chosen is None else chosen
-    sizes = held_out.sizes
-    averages = []
-    for draw in zip(*(scores[t] for t in chosen)):
-        if run.task.METRIC == "rougeL":
-            total = math.fsum(value * sizes[t] for t, value in zip(chosen, draw))
-            averages.append(total / sum(sizes[t] for t in chosen))
-            continue
-        groups: dict[str, list[float]] = {}
-        for t, value in zip(chosen, draw):
-            groups.setdefault(held_out.tasks[t].group, []).append(value)
-        averages.append(fmean(map(fmean, groups.values())))
-    return averages
+    group_sizes = Counter(held_out.tasks[t].group for t in chosen)
+    weights = [1 / group_sizes[held_out.tasks[t].group] for t in chosen]
+    if run.task.METRIC == "rougeL":
+        weights = [held_out.sizes[t] for t in chosen]
+    draws = zip(*(scores[t] for t in chosen))
+    return [math.fsum(w * x for w, x in zip(weights, draw)) / math.fsum(weights) for draw in draws]
 
 
 def average(run: Run, held_out: HeldOut, scores: list[list[float]]) -> float:
@@ -587,11 +537,9 @@ MOST_LINES = 12  # of a table, before groups are put together
 
 
 def result_table(run: Run, held_out: HeldOut, scores: dict[str, list[list[float]]]) -> list[list[str]]:
-    """A row per group (where these are many, per first word of their names), a column per condition.
+    """A row per group (of many: per first word of their names), a column per condition; ± is over draws.
 
-    ± is over draws of examples.
-
-    Where some examples didn't fit: how many were read, by gists and in context.
+    Where some examples didn't fit, also how many were read, by gists and in context.
     """
     unit = {"accuracy": "accuracy, %", "rougeL": "ROUGE-L"}[run.task.METRIC]
     unit += f", first {run.args.limit} of each" * bool(run.args.limit)
@@ -604,9 +552,7 @@ def result_table(run: Run, held_out: HeldOut, scores: dict[str, list[list[float]
         groups = [group.split("_")[0] for group in groups]
     for group in [*dict.fromkeys(groups), None]:
         chosen = [t for t, name in enumerate(groups) if group in (name, None)]
-        line = [
-            "average" if group is None else group if len(chosen) == 1 else f"{group} ({len(chosen)} tasks)"
-        ]
+        line = ["average" if group is None else group + f" ({len(chosen)} tasks)" * (len(chosen) > 1)]
         line.append(f"{sum(held_out.sizes[t] for t in chosen):,}")
         if not held_out.all_read:
             line.append(", ".join(f"{fmean(held_out.shots[t][name] for t in chosen):.3g}" for name in read))
@@ -626,9 +572,8 @@ def show_answers(run: Run, held_out: HeldOut, count: int = 3) -> None:
     for t in range(0, len(draw), -(-len(draw) // count)):
         episode = replace(draw[t][0], queries=draw[t][0].queries[:1])
         (query,) = episode.queries
-        (answer,) = predict(
-            run, column, [episode], encode(run, column, [episode], draw[held_out.other(t)], t)
-        )
+        encoded = encode(run, column, [episode], draw[held_out.other(t)], t)
+        (answer,) = predict(run, column, [episode], encoded)
         right = answer in (query.references or (query.target,))
         print(" ".join(query.input.split())[-100:])
         print(f"    {' '.join(answer.split())[:100]}  ({'right' if right else f'wrong: {query.target}'})")
@@ -640,9 +585,7 @@ def show_answers(run: Run, held_out: HeldOut, count: int = 3) -> None:
 def parse(argv: list[str] | None = None) -> tuple[Options, Path | None, Path]:
     """What to evaluate; the finished run's folder, if it is one; the folder for the results."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "folder", nargs="?", metavar="RUN", help="folder of a finished run; without it, a plain Llama"
-    )
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="a finished run; without it, a plain Llama")
     parser.add_argument("--out", metavar="DIR", help="folder for results.json (the run's, or runs/eval-…)")
     add_options(parser, "eval", "place", "parts")
     add_options(parser.add_argument_group("for a plain Llama (a RUN has its own)"), "model", "course")
@@ -694,12 +637,14 @@ def take_folder(out: Path, folder: Path | None, args: Options) -> None:
         raise InputError(f"--out {out}: holds the results of {before}; another name keeps both")
 
 
-def save_results(results: dict, lines: list[list[str]], out: Path) -> None:
+def save_results(results: dict, lines: list[list[str]], left_out: Counter, out: Path) -> None:
     """Write results.json, then print the table: what is printed may go nowhere."""
     write_json(out / "results.json", results)
     for path in out.glob("scores-*.jsonl"):  # of an evaluation that wasn't finished
         path.unlink()
     print_lines(lines)
+    if report(left_out):
+        print(report(left_out))
 
 
 def main() -> None:
@@ -716,9 +661,7 @@ def main() -> None:
         left_out = held_out.left_out
         results, lines = evaluate(run, held_out, out)
     if rank == 0:
-        save_results(results, lines, out)
-        if report(left_out):
-            print(report(left_out))
+        save_results(results, lines, left_out, out)
         print(f"written: {out / 'results.json'}")
 
 

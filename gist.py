@@ -71,18 +71,12 @@ def with_gists(tokens: list[int], gist_ids: Sequence[int]) -> Context:
 
 @dataclass
 class Rows:
-    """Contexts as right-padded tensors.
+    """Contexts as right-padded tensors."""
 
-    tokens     [B, T]; the gists are V, V + 1, …, V + G - 1
-    positions  [B, T]
-    kept       [B, G] which tokens' keys and values make the prefix, as indices into T
-    past_mask  [B, G] bool, which of `kept` are real where rows keep unequal numbers of tokens; else None
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    kept: Tensor
-    past_mask: Tensor | None = None
+    tokens: Tensor  # [B, T]; the gists are V, V + 1, …, V + G - 1
+    positions: Tensor  # [B, T]
+    kept: Tensor  # [B, G] which tokens' keys and values make the prefix, as indices into T
+    past_mask: Tensor | None = None  # [B, G] bool, which of `kept` are real, where their numbers differ
 
     @classmethod
     def of(cls, contexts: Sequence[Context], device: torch.device | str = "cpu") -> "Rows":
@@ -157,25 +151,20 @@ def one_prefix(hyper: "HyperLlama", pieces: Sequence[Rows]) -> Gists:
 
 @dataclass(frozen=True)
 class Compression:
-    """How the examples of an episode become a prefix: as in the paper, or as a chapter of further/ has it.
+    """How the examples of an episode become a prefix: as in the paper, or as a chapter of further/ has it."""
 
-    contexts  (formatter, episode, gist ids) -> the rows that the hypernetwork reads, usually one
-    prefix    (hyper, the same rows of B episodes as tensors) -> their Gists
-    parts     the prefix is made of so many sets of --shots examples
-    build     (hyper, generator): adds what else is trained, if anything
-    """
-
-    contexts: Callable = one_context
-    prefix: Callable = one_prefix
-    parts: int = 1
-    build: Callable | None = None
+    contexts: Callable = (
+        one_context  # (formatter, episode, gist ids) -> rows for the hypernetwork, usually one
+    )
+    prefix: Callable = one_prefix  # (hyper, the same rows of B episodes as tensors) -> their Gists
+    parts: int = 1  # the prefix is made of so many sets of --shots examples
+    build: Callable | None = None  # (hyper, generator): adds what else is trained, if anything
 
 
 class HyperLlama(nn.Module):
     """One Llama in two roles, and the embeddings of the gist tokens.
 
-    The gists have a table of their own, [G, D]: the vocabulary and lm_head stay as they were. In a
-    row of token ids, the gists are V, V + 1, …, V + G - 1.
+    The gists have a table of their own, [G, D]: the vocabulary and lm_head stay as they were.
 
     hyper_adapter, downstream_adapter: the LoRA set that is on while examples are read, and while queries
     are answered; None is the bare base. With the same set in both, one model does both (Mu et al.'s gisting).

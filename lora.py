@@ -139,12 +139,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def check_tensors(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
     """InputError unless loaded tensors are finite, and have the parameters' names, shapes and kinds."""
 
-    def form(tensor: Tensor | None) -> tuple | None:
-        return None if tensor is None else (tensor.shape, tensor.is_floating_point())
-
     for name in sorted(parameters.keys() | tensors.keys()):
         tensor = tensors.get(name)
-        if form(tensor) != form(parameters.get(name)):
+        forms = {t is not None and (t.shape, t.is_floating_point()) for t in (tensor, parameters.get(name))}
+        if len(forms) > 1:
             found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise InputError(f"{source}: {name} is {found}, which doesn't fit: made for another model?")
         if not tensor.isfinite().all():

@@ -37,7 +37,7 @@ import tasks
 from data import Formatter
 from gist import Compression, HyperLlama, averaging
 from llama import InputError, Linear, Llama, Tokenizer, load, read_config, reading
-from lora import NF4Linear, add_lora, assign, load_tensors, replacing, save_tensors
+from lora import NF4Linear, add_lora, assign, load_tensors, replacing
 
 PROJECT = Path(__file__).resolve().parent
 TINY_WIDTH = 512  # models narrower than this get the miniature's defaults
@@ -54,10 +54,8 @@ def option(default=None, help="", kind=None, choices=None, least=0, role="model"
           "parts"  how many sets of examples make one prefix: may be others in evaluation
           "eval"   may differ in each evaluation
     """
-    kind = kind or type(default)
-    return field(
-        default=default, metadata=dict(help=help, kind=kind, choices=choices, least=least, role=role)
-    )
+    metadata = dict(help=help, kind=kind or type(default), choices=choices, least=least, role=role)
+    return field(default=default, metadata=metadata)
 
 
 # fmt: off
@@ -179,17 +177,13 @@ def add_options(parser: Parser | argparse._ArgumentGroup, *roles: str) -> None:
         kind, choices, least, role = (f.metadata[key] for key in ("kind", "choices", "least", "role"))
         if roles and role not in roles:
             continue
+        types = {Path: a_path, int: number(int, least), float: number(float, least)}
+        choices = list(plugins("tasks")) if f.name == "task" else choices
+        how = {"type": types.get(kind, kind), "choices": choices}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif f.name == "task":
-            how = {"choices": list(plugins("tasks"))}
-        elif choices:
-            how = {"choices": choices}
-        else:
-            types = {Path: a_path, int: number(int, least), float: number(float, least)}
-            how = {"type": types.get(kind, kind)}
         text = f.metadata["help"] + (f" ({f.default:g})" if kind in (int, float) and f.default else "")
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
+        parser.add_argument(flag(f.name), help=text, **how)
 
 
 def resolve_args(typed: dict, run: dict | None = None, check: bool = True) -> Options:
@@ -518,8 +512,8 @@ def open_run(args: Options, folder: Path | None = None) -> Run:
     return Run(args, task.restore(args, folder), formatter)
 
 
-def device_and_dtype(args: Options, full_finetune: bool = False) -> tuple[str, torch.dtype]:
-    """Where to compute, and in what. Where all weights are trained, float32: bf16 loses small updates."""
+def load_base(args: Options, full_finetune: bool = False) -> Llama:
+    """The base. Where all its weights are trained, in float32: bf16 loses small updates."""
     if full_finetune and args.dtype == "bfloat16":
         raise InputError("--dtype bfloat16: all parameters are trained, so they are held in float32")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -528,11 +522,8 @@ def device_and_dtype(args: Options, full_finetune: bool = False) -> tuple[str, t
     with reading(f"--device {device}", "not available here"):
         torch.zeros(1, device=device).item()
     half = device.startswith("cuda") and not full_finetune
-    return device, getattr(torch, args.dtype or ("bfloat16" if half else "float32"))
-
-
-def load_base(args: Options, full_finetune: bool = False) -> Llama:
-    model = load(args.model, *device_and_dtype(args, full_finetune), NF4Linear if args.quantize else Linear)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if half else "float32"))
+    model = load(args.model, device, dtype, NF4Linear if args.quantize else Linear)
     model.checkpoint_activations = args.checkpoint_activations
     return model
 
@@ -579,11 +570,6 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save_adapters(hyper: HyperLlama, out: Path, tensors: dict[str, Tensor], args: Options) -> None:
-    """What training leaves behind: LoRA sets and gist embeddings (or prefixes)."""
-    save_tensors(out / "adapters.safetensors", tensors, hyper.belongs_to)
-
-
 def load_adapters(hyper: HyperLlama, folder: Path) -> HyperLlama:
     path = folder / "adapters.safetensors"
     if not path.exists():
@@ -600,16 +586,11 @@ def check_belongs(path: Path, metadata: dict[str, str], hyper: HyperLlama) -> No
     """InputError where tensors were trained for another base (prefixes: for other tasks)."""
     other = {
         "base": "another model than --model",
-        "tasks": "other tasks, or in another order, than --data has",
+        "tasks": "other tasks than --data has, or in another order",
     }
     for key, value in hyper.belongs_to.items():
         if metadata.get(key) != value:
             raise InputError(f"{path}: was trained on {other[key]}")
-
-
-def restore(args: Options, folder: Path) -> HyperLlama:
-    """The model as a finished run left it."""
-    return load_adapters(tasks.find(args.task).build(args), folder)
 
 
 # ---------------------------------------------------------------------------------- several processes
@@ -699,8 +680,4 @@ def print_lines(lines: Sequence[Sequence[str]], total: bool = True) -> None:
     for i, line in enumerate(lines):
         if i == 1 or total and i == len(lines) - 1:
             print("-" * (sum(widths) + 2 * len(widths) - 2))
-        print(
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])),
-            sep="  ",
-        )
+        print(line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:]), sep="  ")

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data import Batch, Term, report
+from data import Batch, Term
 from eval import HeldOut, draw_held_out, evaluate, measure, save_results, show_answers
 from llama import InputError
 from lora import check_tensors, load_tensors, replacing, save_tensors
@@ -110,8 +110,8 @@ def main() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0:
-        save_results(results, lines, out)
-        finish(run, held_out, results, left_out, out)
+        save_results(results, lines, left_out, out)
+        finish(run, held_out, results, out)
 
 
 def train(
@@ -143,7 +143,10 @@ def train(
             break
 
         began = time.monotonic()
-        lr = set_lr(optimizers, args, step)
+        share = schedule(step, args.steps)  # of each group's highest learning rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["highest_lr"]
 
         # Each term is a sum over tokens, divided by their number in the whole step, over all its batches and
         # processes: a mean of means would give tokens of short batches more weight.
@@ -174,11 +177,14 @@ def train(
             "step": step,
             "loss": (weights * means).sum().item(),
             "norm": full_tensor(norm).item(),
-            "lr": lr,
+            "lr": share * args.lr,
         }
         named = {f"{term.name}_loss": mean for term, mean in zip(terms, means.tolist()) if term.name}
         line |= {name: round(mean, 4) for name, mean in named.items() if mean}
-        check_finite(out, args, step, line["loss"] + line["norm"])
+        if not math.isfinite(line["loss"] + line["norm"]):  # nothing is saved of that
+            row = (step - 1) * args.accumulate * args.batch_size
+            what = f"loss or gradient of step {step} (rows {row} and following) isn't finite"
+            raise InputError(f"{out}: {what}; the last checkpoint is kept; a smaller --lr may help")
         seconds = max(1e-6, time.monotonic() - began)
         line |= {"tokens_per_second": round(tokens_read.item() / seconds), "seconds": round(seconds, 4)}
         log(line)
@@ -203,19 +209,17 @@ def get_batches(batches: Callable, args: Options, step: int, device: torch.devic
     every world-th of them. So the number of processes changes no loss.
     """
     rank, world = processes()
-    starts = [(step * args.accumulate + i) * args.batch_size for i in range(args.accumulate)]
     if step == args.steps:
-        starts = []
-    return [
-        batches(args.seed, range(start + rank, start + args.batch_size, world)).to(device) for start in starts
-    ]
+        return []
+    starts = [(step * args.accumulate + i) * args.batch_size for i in range(args.accumulate)]
+    rows = [range(start + rank, start + args.batch_size, world) for start in starts]
+    return [batches(args.seed, numbers).to(device) for numbers in rows]
 
 
 def loss_terms(run: Run) -> list[Term]:
     """The cross entropy of the targets, and what chapters of further/ make of it.
 
-    At first nearly all of it is that of EOS: a text seldom ends after its first label. So the log has both
-    apart.
+    The log has labels and EOS apart: at first nearly all of the loss is that of EOS.
     """
     eos = run.formatter.tokenizer.eos
     terms = [Term(1.0, lambda batch: len(batch.targets), cross_entropy)]
@@ -257,25 +261,6 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
-def set_lr(optimizers: list[torch.optim.Optimizer], args: Options, step: int) -> float:
-    """Each group's rate in this step; returns that of --lr."""
-    share = schedule(step, args.steps)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = share * group["highest_lr"]
-    return share * args.lr
-
-
-def check_finite(out: Path, args: Options, step: int, number: float) -> None:
-    """InputError where loss or gradient isn't finite: nothing is saved of that."""
-    if not math.isfinite(number):
-        row = (step - 1) * args.accumulate * args.batch_size
-        raise InputError(
-            f"{out}: loss or gradient of step {step} (rows {row} and following) isn't finite; "
-            "the last checkpoint is kept; another run with a smaller --lr may help"
-        )
-
-
 def make_optimizers(hyper: nn.Module, args: Options) -> list[torch.optim.Optimizer]:
     """AdamW. LoRA updates start at zero, gist embeddings at the size of words: each has a rate of its own.
 
@@ -303,13 +288,6 @@ def all_sum(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, divided and placed as the parameter is."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -351,14 +329,10 @@ def state_of(
 def save_state(out: Path, hyper: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:
     """All that the next step needs besides the options."""
     tensors, _, _ = state_of(hyper, optimizers, full=True)
-    if processes()[0] > 0:
-        return
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(
-                f"{out}: {name} isn't finite after step {step}; the last good checkpoint is kept"
-            )
-    save_tensors(out / "state.safetensors", tensors, {"steps": str(step)} | hyper.belongs_to)
+    if processes()[0] == 0:
+        path = out / "state.safetensors"
+        check_tensors(tensors, tensors, path)  # what isn't finite isn't saved: the last good state is kept
+        save_tensors(path, tensors, {"steps": str(step)} | hyper.belongs_to)
 
 
 @torch.no_grad()
@@ -375,16 +349,17 @@ def load_state(out: Path, hyper: nn.Module, optimizers: list[torch.optim.Optimiz
     state, weights, nested = state_of(hyper, optimizers, full=False)
     check_tensors(state, tensors, path)  # the kernels that use them don't
     for name, tensor in state.items():
-        tensor.copy_(shard_like(tensors[name], tensor))
+        whole = tensors[name]
+        if isinstance(tensor, DTensor):
+            whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
+        tensor.copy_(whole)
     options = StateDictOptions(strict=False)
     set_state_dict(hyper, optimizers, model_state_dict=weights, optim_state_dict=nested, options=options)
     return int(step)
 
 
-def finish(run: Run, held_out: HeldOut | None, results: dict, left_out: Counter, out: Path) -> None:
+def finish(run: Run, held_out: HeldOut | None, results: dict, out: Path) -> None:
     """The last lines on the screen, and the picture."""
-    if report(left_out):
-        print(report(left_out))
     if run.args.measure:
         from tools.report import plot  # (slow to import)
 

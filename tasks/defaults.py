@@ -1,7 +1,9 @@
 """What a task is where its own file (p3.py, …) says nothing else."""
 
 import run
+import tasks
 from data import PLAIN, Episode, EpisodeBatches, Example
+from lora import save_tensors
 
 OPTIONS = {}  # its own options: name -> run.option(…)
 WITHOUT = ("instruction_downstream",)  # options that mean nothing to it
@@ -14,13 +16,21 @@ prefix_of = (
 )
 
 build = run.build
-restore = run.restore
-save = run.save_adapters
 
 
 def score(answer: str, query: Example) -> float:
     """Of one answer, in percent."""
     return 100.0 * (answer == query.target)
+
+
+def save(hyper, out, tensors, args) -> None:
+    """What training leaves behind: LoRA sets and gist embeddings (or prefixes)."""
+    save_tensors(out / "adapters.safetensors", tensors, hyper.belongs_to)
+
+
+def restore(args, folder):
+    """The model as a finished run left it."""
+    return run.load_adapters(tasks.find(args.task).build(args), folder)
 
 
 def check(args) -> None:

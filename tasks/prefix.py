@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from data import Batch, Episode, EpisodeBatches, Formatter, Sample, collate
 from gist import Compression, Context, Gists, Rows, keep_all, label_anchors, mean_pooled, read_contexts
 from llama import KV, InputError, Llama, positions_of, rotary_angles
-from run import Options, Run, all_options, load_adapters, load_base, option, read_args, restore
+from run import Options, Run, all_options, load_adapters, load_base, option, read_args
+from run import build as build_hyper
 from tasks import p3
 
 FOLDER = "P3"
@@ -212,7 +213,7 @@ def gists_of_run(run: Run, shots: list[Episode]) -> Gists:
     before = all_options()(**read_args(folder) | own)
     if (before.task, before.method) != ("p3", "hyper"):
         raise InputError(f"--run {folder}: not a hypernetwork for P3")
-    hyper = restore(before, folder)
+    hyper = load_adapters(build_hyper(before), folder)
     contexts = [hyper.compression.contexts(run.formatter, episode, hyper.gist_ids) for episode in shots]
     return hyper.compression.prefix(hyper, [Rows.of(piece, run.device) for piece in zip(*contexts)])
 

@@ -354,7 +354,7 @@ def test_the_cost_of_anchors_is_that_of_the_positions_that_are_kept(tmp_path):
     train(out, "--task symbol --anchors --steps 1 --data", ROOT / "tiny" / "symbol")
     a_run = open_run(resolve_args({}, read_args(out)), out)
     kept = [
-        len(gist_context(a_run, task.evaluation(0, 0, a_run.args.shots, 20)[0], 0)[0].kept)
+        len(gist_context(a_run, task.evaluation(0, 0, a_run.args.shots, 20)[0])[0].kept)
         for task in a_run.task.load(a_run.args, a_run.formatter, "test")
     ]
     printed = run(out, program="cost").stdout

@@ -50,7 +50,7 @@ def compress_examples(run: Run, path: Path) -> Gists:
     examples = read_examples(path)
     left_out = Counter()
     counting = replace(run, formatter=run.formatter.counting(left_out))
-    context = gist_context(counting, Episode([], examples, run.task.LAYOUT), 0)
+    context = gist_context(counting, Episode([], examples, run.task.LAYOUT))
     unread = left_out["shots left out"]
     if unread == len(examples):
         raise InputError(f"{path}: no example fits into {run.args.context} tokens")

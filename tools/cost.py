@@ -100,7 +100,7 @@ def print_cost(run: Run) -> None:
     formatter = run.formatter
     tasks = run.task.load(args, formatter, "test")
     drawn = [task.evaluation(args.seed, 0, args.shots, 20)[0] for task in tasks]
-    rows = [context for e in drawn for context in gist_context(run, e, 0)]
+    rows = [context for e in drawn for context in gist_context(run, e)]
     read = round(statistics.fmean(len(row.tokens) for row in rows))
     G = round(statistics.fmean(len(row.kept) for row in rows))
     examples = read if args.anchors else read - G

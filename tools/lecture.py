@@ -83,7 +83,7 @@ def open_lesson(queries: int = QUERIES) -> Lesson:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     held_out = draw_held_out(run)
     episodes = [episode for (episode,) in held_out.episodes[0]]  # P3 has one for each task and draw
-    contexts = [context for episode in episodes for context in gist_context(run, episode, 0)]
+    contexts = [context for episode in episodes for context in gist_context(run, episode)]
     encoded = [encode_queries(run.formatter, episode) for episode in episodes]
     return Lesson(
         name,

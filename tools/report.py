@@ -1,6 +1,6 @@
 """Tables and pictures of finished runs.
 
-python -m tools.report table DIR…              a line for each run, or folder of runs: mean ± deviation of these
+python -m tools.report table DIR…              a line for each run, or folder of runs: mean ± deviation
 python -m tools.report plot RUN… --out FILE    curves over steps; --by gists, --by shots: results by an option
 python -m tools.report bars RUN… --out FILE    the last line of a run's table; of several seeds, the means
 """

@@ -177,10 +177,12 @@ examples in context, see its column 16-shot.""",
     "gists": """P3 as above, from C with the first of its gists, 300 steps each: the same sixteen examples,
 about 378 tokens, in fewer gists. Mean-pooled and fewer shots are those of as many positions; label anchors
 have seventeen.""",
-    "drawn": """P3 as above, from a C that was hyperpretrained 300 steps further on the third file of text, each step
-with so many gists as were drawn, from 1 to 16. "C further" had the same steps and sixteen gists in each.""",
-    "places": """P3 as above. Each row's C was hyperpretrained 300 steps further on the third file of text, with
-its prefix in that place: after the text, or in parts after every four of its sixteen stretches.""",
+    "drawn": """P3 as above, from a C that was hyperpretrained 300 steps further on the third file of text,
+each step with a number of gists that was drawn, from 1 to 16. "C further" had the same steps and sixteen
+gists in each.""",
+    "places": """P3 as above. Each row's C was hyperpretrained 300 steps further on the third file of text,
+with its gists in that place: after the text ("C further"), in parts of four after every four of its sixteen
+stretches ("every 4"), after the text but with positions spread over it ("spread").""",
     "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples.""",
 }
 PICTURES = {  # table -> picture -> caption
