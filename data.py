@@ -100,10 +100,6 @@ class Formatter:
     end: str = "eos"  # what a target ends with; "layout": what follows it where examples stand in a row
     left_out: Counter[str] = field(default_factory=Counter)  # counts what didn't fit (report)
 
-    def counting(self, left_out: Counter[str]) -> "Formatter":
-        """The same, which counts here."""
-        return replace(self, left_out=left_out)
-
     def count(self, what: str, left_out: bool) -> None:
         self.left_out.update({what: 1, f"{what} left out": int(left_out)})
 

@@ -363,12 +363,12 @@ def draw_held_out(run: Run) -> HeldOut:
         for n in range(args.sets):
             episodes[n].append(task.evaluation(args.seed, n, count, args.limit or None))
         for episode in episodes[0][t]:
-            encode_queries(run.formatter.counting(left_out), episode, instruct)
+            encode_queries(replace(run.formatter, left_out=left_out), episode, instruct)
         drawn = [episode for draw in episodes for episode in draw[t]]
         shots.append({})
         for name, context in (("hyper", gist_context), ("fewshot", shots_context)):
             counts = Counter()
-            counting = replace(run, formatter=run.formatter.counting(counts))
+            counting = replace(run, formatter=replace(run.formatter, left_out=counts))
             for episode in drawn:
                 context(counting, episode)
             shots[t][name] = (counts["shots"] - counts["shots left out"]) / len(drawn)

@@ -81,7 +81,7 @@ def main() -> None:
     # All that can be wrong with a run is found before anything is replaced.
     run = open_run(args)
     task = run.task
-    counting = replace(run, formatter=run.formatter.counting(Counter()))
+    counting = replace(run, formatter=replace(run.formatter, left_out=Counter()))
     batches = task.batches(counting)
     batches(args.seed, range(args.batch_size))  # a trial, whose counts are thrown away
     counting.formatter.left_out.clear()

@@ -49,7 +49,7 @@ def compress_examples(run: Run, path: Path) -> Gists:
     """The gists of a user's own examples; says what that saves."""
     examples = read_examples(path)
     left_out = Counter()
-    counting = replace(run, formatter=run.formatter.counting(left_out))
+    counting = replace(run, formatter=replace(run.formatter, left_out=left_out))
     context = gist_context(counting, Episode([], examples, run.task.LAYOUT))
     unread = left_out["shots left out"]
     if unread == len(examples):
@@ -77,7 +77,7 @@ def answer(run: Run, gists: Gists, text: str, choices: list[str]) -> str:
     """The answer to one input after a prefix: the best choice with its probability, or generated text."""
     episode = Episode([Example(text, "", tuple(choices))], [], run.task.LAYOUT)
     left_out = Counter()
-    prompts, encoded = encode_queries(run.formatter.counting(left_out), episode)
+    prompts, encoded = encode_queries(replace(run.formatter, left_out=left_out), episode)
     if report(left_out):
         print(report(left_out), file=sys.stderr)
     adapter = run.hyper.downstream_adapter
