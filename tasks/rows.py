@@ -231,7 +231,7 @@ def read_lists(folder: Path) -> dict[str, list[str]] | None:
     names = {}
     for part, path in paths.items():
         if not path.exists():
-            raise InputError(f"{path}: is missing; beside the other list it is needed, too")
+            raise InputError(f"{path}: is missing; the other list is there, and both are needed")
         with reading(path, "not a list of tasks"):
             names[part] = path.read_text(encoding="utf-8").split()
         for name in names[part]:

@@ -149,7 +149,7 @@ def main() -> None:
     run = open_run(resolve_args(typed, read_args(folder)), folder)
     plain = run.args.method == "hyper" and run.hyper.compression.parts == 1 and not run.args.fuse_instruction
     if not plain or not run.hyper.gist_ids or run.task.evaluate:
-        what = "what is counted are the gists of one set of a task's examples, nothing beside"
+        what = "only the cost of gists (or anchors) of one set of examples can be counted"
         raise InputError(f"{folder}: {what}")
     print_cost(run)
 

@@ -111,7 +111,7 @@ def score(lesson: Lesson, prefixes: Gists, shift: int = 0, adapter: str | None =
 def compare_roles(lesson: Lesson) -> dict[tuple[bool, bool], tuple[float, Score]]:
     """LoRA on or off in the first pass, and in the second -> a distance from the joint pass, and the score.
 
-    The distance is the largest of a logit, in the first query of each task.
+    The distance is by how much a logit differs at most, in the first query of each task.
     """
     tasks = lesson.task.tolist()
     first_queries = [tasks.index(s) for s in range(len(lesson.other))]
@@ -266,7 +266,7 @@ best: the model that answers stays the plain Llama that everybody has.
         lines.append([*names, f"{difference:.5f}", *score.cells()])
     print_table(lines)
     print("""
-   difference: the largest of a logit from the joint pass, in the first query of each task
+   difference: of a logit from the joint pass, the largest in the first query of each task
    right: queries whose right choice is the likeliest; loss: -log p(right choice), mean""")
 
 
