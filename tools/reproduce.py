@@ -91,7 +91,7 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
     "gists": {f"{n} gists": f"--task p3 {C} --gists {n} --measure 0" for n in (1, 2, 4, 8)},
     "drawn": {
         f"{n} gists": f"--task p3 --model {ALL}/layout/C_further,_drawn/seed0 --gists {n} --measure 0"
-        for n in (1, 2, 4, 8, 16)
+        for n in (2, 4, 8, 16)
     },
     "places": {
         "C further": f"--task p3 --model {ALL}/layout/C_further/seed0 --measure 0",
@@ -179,10 +179,11 @@ about 378 tokens, in fewer gists. Mean-pooled and fewer shots are those of as ma
 have seventeen.""",
     "drawn": """P3 as above, from a C that was hyperpretrained 300 steps further on the third file of text,
 each step with a number of gists that was drawn, from 1 to 16. "C further" had the same steps and sixteen
-gists in each.""",
+gists in each. "base, …" is the C before these steps.""",
     "places": """P3 as above. Each row's C was hyperpretrained 300 steps further on the third file of text,
 with its gists in that place: after the text ("C further"), in parts of four after every four of its sixteen
-stretches ("every 4"), after the text but with positions spread over it ("spread").""",
+stretches ("every 4"), after the text but with positions spread over it ("spread"). "base, …" is the C before
+these steps.""",
     "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples.""",
 }
 PICTURES = {  # table -> picture -> caption
