@@ -1,7 +1,8 @@
 """Gists whose positions are spread evenly over what they compress, rather than after it.
 
 A query then sees each gist at about the distance of the examples that it stands for. RESULTS.md,
-"What helps": from a base that was hyperpretrained with gists at the end it costs a little.
+"What helps": from a base that was hyperpretrained with gists at the end it costs a little; "Places": from one
+that had them spread as well, nothing.
 """
 
 from gist import Compression, Context
