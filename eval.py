@@ -262,7 +262,7 @@ def encode(
     encoded = []
     for i, episode in enumerate(episodes):
         source = others[i % len(others)] if column.other else episode
-        context = column.context(run, source) if column.context else t
+        context = column.context(run, source) if column.context else t  # (a tuned prefix is its task's)
         encoded.append(Encoded(context, *encode_queries(run.formatter, episode, instruct)))
     return encoded
 

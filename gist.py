@@ -153,9 +153,7 @@ def one_prefix(hyper: "HyperLlama", pieces: Sequence[Rows]) -> Gists:
 class Compression:
     """How the examples of an episode become a prefix: as in the paper, or as a chapter of further/ has it."""
 
-    contexts: Callable = (
-        one_context  # (formatter, episode, gist ids) -> rows for the hypernetwork, usually one
-    )
+    contexts: Callable = one_context  # (formatter, episode, gist ids) -> the rows that are read, usually one
     prefix: Callable = one_prefix  # (hyper, the same rows of B episodes as tensors) -> their Gists
     parts: int = 1  # the prefix is made of so many sets of --shots examples
     build: Callable | None = None  # (hyper, generator): adds what else is trained, if anything

@@ -62,7 +62,7 @@ def option(default=None, help="", kind=None, choices=None, least=0, role="model"
 @dataclass
 class Options:
     task: str = option(kind=str, help="a file of tasks/: p3, sni, symbol, hyperpretrain, prefix, …")
-    model: str = option(kind=Path, role="place", help="checkpoint, Hugging Face's or Meta's (the miniature's)")
+    model: str = option(kind=Path, role="place", help="checkpoint of Hugging Face or Meta (the miniature's)")
     data: str = option(kind=Path, role="place", help="the task's data (the miniature's)")
     dtype: str = option(kind=str, choices=("float32", "bfloat16"), role="place", help="bfloat16 on a GPU")
     device: str = option(kind=str, role="place", help="cuda where there is one, else cpu")

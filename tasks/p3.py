@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import Episode, Example, Formatter
 from llama import InputError
-from tasks.rows import READERS, as_text, draw_rows, existing, file_kind, read_lists
+from tasks.rows import READERS, as_text, draw_rows, existing, file_kind, read_lists, unasked
 
 FOLDER, MODEL = "P3", "llama-c"  # the miniature's data and checkpoint
 METRIC = "accuracy"
@@ -129,9 +129,7 @@ class Prompt:
     def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
         numbers = draw_rows(rng, range(len(self.train)), shots + queries, self.train.folder)
         picked = [self.train[i] for i in numbers]
-        asked = {query.input for query in picked[:queries]}
-        # Real tasks hold the same row several times: a shot may never be the query itself.
-        return Episode(picked[:queries], [e for e in picked[queries:] if e.input not in asked])
+        return Episode(picked[:queries], list(unasked(picked[queries:], picked[:queries])))
 
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
         """One episode: the examples come from the training split, and none is among the questions."""
@@ -141,8 +139,7 @@ class Prompt:
             self.validation.scorable(i) for i in range(min(len(self.validation), limit or sys.maxsize))
         ]
         order = random.Random(f"{seed} {self.name} {n}").sample(range(len(self.train)), len(self.train))
-        asked = {query.input for query in queries}
-        drawn = list(islice((e for e in map(self.train.__getitem__, order) if e.input not in asked), shots))
+        drawn = list(islice(unasked(map(self.train.__getitem__, order), queries), shots))
         if len(drawn) < shots:
             raise InputError(
                 f"{self.train.folder}: only {len(drawn)} training rows aren't questions, for {shots} --shots"

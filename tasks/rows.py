@@ -8,12 +8,13 @@ import mmap
 import random
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from data import Example
 from llama import InputError, reading
 
 
@@ -209,6 +210,12 @@ def draw_rows(rng: random.Random, rows: Sequence, count: int, name: str | Path) 
     if len(rows) < count:
         raise InputError(f"{name}: {len(rows)} rows are too few for --shots and queries: {count} are needed")
     return rng.sample(rows, count)
+
+
+def unasked(rows: Iterable[Example], queries: Sequence[Example]) -> Iterator[Example]:
+    """The rows that aren't among the queries: real tasks hold the same row several times."""
+    asked = {query.input for query in queries}
+    return (row for row in rows if row.input not in asked)
 
 
 def as_text(value: object, where: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from data import Episode, Example
 from llama import InputError, reading
-from tasks.rows import draw_rows, existing
+from tasks.rows import draw_rows, existing, unasked
 
 FOLDER = "sample"
 MODEL = "llama-c"
@@ -52,16 +52,10 @@ class Table:
 
     def draw(self, rng: random.Random, shots: int, queries: int) -> Episode:
         rows = draw_rows(rng, self.rows, shots + queries, self.name)
-        return Episode(rows[:queries], unasked(rows[queries:], rows[:queries]))
+        return Episode(rows[:queries], list(unasked(rows[queries:], rows[:queries])))
 
     def evaluation(self, seed: int, n: int, shots: int, limit: int | None) -> list[Episode]:
         """Every second row is a query; the examples are drawn from the others."""
         queries = self.rows[::2][:limit]
-        rows = unasked(self.rows[1::2], queries)
+        rows = list(unasked(self.rows[1::2], queries))
         return [Episode(queries, draw_rows(random.Random(f"{seed} {self.name} {n}"), rows, shots, self.name))]
-
-
-def unasked(rows: list[Example], queries: list[Example]) -> list[Example]:
-    """Real tables hold some rows several times: no query may be among its own examples."""
-    asked = {query.input for query in queries}
-    return [row for row in rows if row.input not in asked]

@@ -326,9 +326,9 @@ MUTANTS = [
     Mutant("held-out datasets among the training tasks", "tasks/p3.py", [HELD_OUT_BY_NAME],
         '(dataset is not None) != (split == "test")', 'dataset is None and split == "test"'),
     Mutant("training: a query among its examples", "tasks/p3.py", [OWN_EXAMPLES],
-        "for e in picked[queries:] if e.input not in asked]", "for e in picked[queries:]]"),
+        "list(unasked(picked[queries:], picked[:queries]))", "picked[queries:]"),
     Mutant("evaluation: a query among its examples", "tasks/p3.py", [OWN_EXAMPLES],
-        "order) if e.input not in asked)", "order))"),
+        "unasked(map(self.train.__getitem__, order), queries)", "map(self.train.__getitem__, order)"),
     # --------------------------------------------------------------------------------------- arithmetic
     Mutant("rotary: neighbours are pairs", "llama.py", [LLAMA],
         "x1, x2 = x.float().chunk(2, dim=-1)",

@@ -132,6 +132,8 @@ def test_nf4_equals_dequantize_and_matmul(dtype):
     x = torch.randn(3, 5, 128, generator=generator).to(dtype).requires_grad_()
     ours, theirs = linear(x, {}), F.linear(x, plain)
     torch.testing.assert_close(ours, theirs, **tolerance)
+    with torch.no_grad():  # as in evaluation
+        torch.testing.assert_close(linear(x, {}), theirs, **tolerance)
     if dtype == torch.float32:
         gradients = (torch.autograd.grad(y.square().sum(), x) for y in (ours, theirs))
         torch.testing.assert_close(*gradients, atol=1e-2, rtol=0.05)

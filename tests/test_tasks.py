@@ -22,7 +22,7 @@ from further import lm
 from gist import Compression, HyperLlama, Rows, keep_all, label_anchors, mean_pooled, read_contexts
 from llama import InputError, rotary_angles, rotate
 from tasks.hyperpretrain import TextBatches
-from tasks.p3 import Split, p3_tasks
+from tasks.p3 import Prompt, Split, p3_tasks
 from tasks.prefix import PrefixBatches, SoftPrefix
 from tasks.rows import JsonLines, TFRecords, masked_crc32c
 from tasks.sni import sni_tasks
@@ -239,6 +239,10 @@ def test_a_prompt_without_choices_is_left_out_of_the_evaluation(tmp_path, capsys
     assert "hellaswag_open: left out" in capsys.readouterr().err
     write_jsonl(tmp_path / "hellaswag_open" / "validation.jsonl", [])  # empty: refused when it is read
     assert len(p3_tasks(tmp_path, "test")) == 2
+
+
+def test_the_weight_of_large_tasks_is_capped():
+    assert Prompt("many", "many", range(1_000_000)).weight == 30_000
 
 
 # ------------------------------------------------------------------------ Super-NaturalInstructions
@@ -605,8 +609,8 @@ def test_real_text_is_read(tokenizer):
 P = 5  # length of the prefixes
 
 
-def soft(kind, tasks=("a", "b")):
-    return SoftPrefix(random_llama(), tasks, P, kind, torch.Generator().manual_seed(0))
+def soft(kind, kv_heads=2, tasks=("a", "b")):
+    return SoftPrefix(random_llama(kv_heads), tasks, P, kind, torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -657,6 +661,11 @@ def test_propagated_slots_equal_slots_in_the_row():
         layer.register_forward_pre_hook(lambda _, inputs, padded=padded: (inputs[0] + padded, *inputs[1:]))
     by_hooks, _ = prefix.model(row)
     torch.testing.assert_close(after, by_hooks[:, P:], atol=1e-5, rtol=1e-5)
+
+
+def test_propagation_needs_half_of_the_parameters():
+    flat, propagate = (run.trainable(soft(kind, kv_heads=4)).values() for kind in ("flat", "propagate"))
+    assert 2 * sum(p.numel() for p in propagate) == sum(p.numel() for p in flat)
 
 
 @pytest.mark.parametrize("kind", ["flat", "reparam", "propagate"])

@@ -176,20 +176,15 @@ def test_every_start_of_prefix_tuning_runs_resumes_and_evaluates(tmp_path, hyper
     out = tmp_path / "run"
     start = [*PREFIX, "--init", init]
     if init == "hyper":
-        start = [
-            "--task prefix",
-            SHORT,
-            "--run",
-            shutil.copytree(hypernetwork, tmp_path / "own"),
-            "--measure 1",
-        ]
+        shutil.copytree(hypernetwork, tmp_path / "own")
+        start = ["--task prefix", SHORT, "--run", tmp_path / "own", "--measure 1"]
     start += ["--batch-size 1 --steps 2 --save-every 1 --out", out]
     run(*start)
     log, after, tensors = log_of(out), results(out), tensors_of(out)
     if init == "hyper":
         assert [line["step"] for line in log if "score" in line] == [0, 2] and len(log[-1]["scores"]) == 2
         assert after["average"] == pytest.approx(log[-1]["score"], abs=0.01)
-    if init == "hyper":  # what a prefix started from needn't be there any more
+        # What a prefix started from needn't be there any more.
         (tmp_path / "own").rename(tmp_path / "gone")
     run(out, SCORED, program="eval")
     assert results(out) == after | {"before": None}

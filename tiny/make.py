@@ -351,7 +351,7 @@ def write_p3(folder: Path, seed: int) -> None:
     """One folder per task. Every fourth is TFRecord, as published; the others are .jsonl, to be looked at."""
     rng = random.Random(f"p3 {seed}")
     train, held_out = world.p3(rng)
-    write_lists(folder / "splits", list(train), list(held_out))
+    write_lists(folder / "splits", train, held_out)
     for i, (name, task) in enumerate({**train, **held_out}.items()):
         (folder / name).mkdir()
         for split, count in (

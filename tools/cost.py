@@ -103,7 +103,8 @@ def print_cost(run: Run) -> None:
     rows = [context for e in drawn for context in gist_context(run, e)]
     read = round(statistics.fmean(len(row.tokens) for row in rows))
     G = round(statistics.fmean(len(row.kept) for row in rows))
-    examples = read if args.anchors else read - G
+    V = run.hyper.model.config.vocab
+    examples = round(statistics.fmean(sum(token < V for token in row.tokens) for row in rows))
     query = round(statistics.fmean(len(p) for e in drawn for p in encode_queries(formatter, e)[0]))
     written = portable(args)
     means = f"(means of {written['data']})"

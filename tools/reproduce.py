@@ -258,8 +258,10 @@ def values(table: str, row: str) -> list[float]:
 
 
 def verdicts(table: str) -> list[str]:
-    """Whether each of the paper's orders holds here: the difference of the means, against the deviation of
-    the difference of two runs."""
+    """Whether each of the paper's orders holds here.
+
+    The difference of the means is held against the deviation of the difference of two runs.
+    """
     lines = []
     for above, below in ORDERS.get(table, ()):
         a = values(table, above)
