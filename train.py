@@ -74,10 +74,10 @@ def main() -> None:
     rank, world = start_processes()
     if args.batch_size < world:
         raise InputError(f"--batch-size {args.batch_size}: {world} processes need a row each")
-    if args.optimizer == "muon" and (not hasattr(torch.optim, "Muon") or dist.is_initialized()):
-        raise InputError("--optimizer muon needs torch 2.9 or later and a single process; adamw doesn't")
     if rank == 0:
         check_folder(out, args, resume, overwrite)
+    if args.optimizer == "muon" and (not hasattr(torch.optim, "Muon") or dist.is_initialized()):
+        raise InputError("--optimizer muon needs torch 2.9 or later and a single process; adamw doesn't")
     # All that can be wrong with a run is found before anything is replaced.
     run = open_run(args)
     task = run.task
@@ -173,12 +173,8 @@ def train(
         step += 1
         micro_batches = get_batches(batches, args, step, device)
         means = all_sum(sums) / counts
-        line = {
-            "step": step,
-            "loss": (weights * means).sum().item(),
-            "norm": full_tensor(norm).item(),
-            "lr": share * args.lr,
-        }
+        loss = (weights * means).sum().item()
+        line = {"step": step, "loss": loss, "norm": full_tensor(norm).item(), "lr": share * args.lr}
         named = {f"{term.name}_loss": mean for term, mean in zip(terms, means.tolist()) if term.name}
         line |= {name: round(mean, 4) for name, mean in named.items() if mean}
         if not math.isfinite(line["loss"] + line["norm"]):  # nothing is saved of that

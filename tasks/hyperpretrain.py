@@ -104,6 +104,8 @@ def save(hyper: HyperLlama, out: Path, tensors: dict[str, Tensor], args: Options
 
 def batches(run: Run) -> "TextBatches":
     args = run.args
+    if dist.is_initialized() and run.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise InputError("--task hyperpretrain in several processes on a CPU needs torch 2.7 or later")
     rows = args.accumulate * args.batch_size
     text = TextBatches(
         args.data,
