@@ -47,6 +47,7 @@ PROCESSES_AGREE = "train.py::test_losses_depend_neither_on_processes_nor_on_accu
 RESUMED = "train.py::test_a_full_disk_leaves_the_last_state"
 EACH_ROW = "equivalence.py::test_a_run_reads_each_row_once"
 WAY = "equivalence.py::test_every_way_to_make_a_prefix_has_the_logits_and_the_gradients_of_one_row"
+DEFINITION = "data.py::test_a_definition_stands_in_a_training_row_where_its_method_reads_it"
 RANKED = "equivalence.py::test_every_column_answers_with_the_choice_that_one_row_holds_most_likely"
 WRITTEN = "equivalence.py::test_every_column_writes_what_greedy_decoding_in_one_row_writes"
 SETS = "equivalence.py::test_several_sets_of_examples_answer_like_sets_combined_by_hand"
@@ -247,6 +248,10 @@ MUTANTS = [
         "len(text) - room) :] + end", "len(text) - room) :] + end[:-1]"),
     Mutant("few-shot training: a second BOS", "data.py", [PLAIN_BATCH],
         'query, budget, "continues")', "query, budget)"),
+    Mutant("0-shot training without its instruction", "data.py", [DEFINITION],
+        'instruct = "before" if self.method == "zeroshot" else self.instruct', "instruct = self.instruct"),
+    Mutant("few-shot training: several queries a row", "data.py", [DEFINITION],
+        'self.queries = QUERIES if self.method == "hyper" else 1', "self.queries = QUERIES"),
     Mutant("training: another row's prefix", "data.py", [BATCH],
         "[b for b, _, _ in queries]", "[(b + 1) % len(samples) for b, _, _ in queries]"),
     Mutant("mean of the batches' means", "train.py", [STEP],

@@ -1,6 +1,7 @@
 """Packing examples into rows of tokens, batches."""
 
 import itertools
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from gist import one_context
 from llama import InputError
 from tasks.p3 import Prompt, Split, p3_tasks
 from tasks.sni import LAYOUT as SNI_LAYOUT
+from tasks.sni import sni_tasks
 from tiny.make import write_jsonl
 
 # ----------------------------------------------------------------------------------- rows of tokens
@@ -88,6 +90,16 @@ def test_a_long_definition_leaves_room_for_the_query(tokenizer):
         assert "owl dog dog" in tokenizer.decode(tokens), "an instruction keeps its beginning"
     message = "2 of 2 instructions cut at the end, because they were too long"
     assert report(formatter.left_out) == message
+    before = formatter.query(episode, query, 150, "before")
+    assert len(before) - len(formatter.query(episode, query, 150)) == 50, "as much as a hypernetwork reads"
+
+
+def test_a_task_without_a_definition_has_none_of_its_layout(tokenizer):
+    query = Example("dog cat", "fox")
+    episode = Episode([query], [query], SNI_LAYOUT)
+    formatter = Formatter(tokenizer, 100, 60)
+    for tokens in (formatter.query(episode, query, 50, "inside"), formatter.context_tokens(episode)):
+        assert "Definition" not in tokenizer.decode(tokens) and "dog cat" in tokenizer.decode(tokens)
 
 
 def test_an_instruction_takes_nothing_of_a_context_that_is_full(tokenizer):
@@ -133,6 +145,26 @@ def test_a_row_depends_on_the_seed_and_its_number_alone(tokenizer):
     rows = [row_of(both, number) for number in range(4)]
     assert rows == [row_of(parts[number % 2], number // 2) for number in range(4)]
     assert rows[3] == row_of(whole(0, [3]), 0) != row_of(whole(1, [3]), 0) and rows[3] != rows[2]
+
+
+def test_a_definition_stands_in_a_training_row_where_its_method_reads_it(tokenizer):
+    task = sni_tasks(ROOT / "tiny" / "natural-instructions", "train")[0]
+    definition = task.draw(random.Random(0), 2, 1).instruction
+    for method, instruct, in_context, in_query, queries in (
+        ("zeroshot", "no", 0, 1, 1),
+        ("fewshot", "no", 0, 1, 1),
+        ("hyper", "no", 1, 0, 4),
+        ("hyper", "inside", 1, 1, 4),
+    ):
+        batches = EpisodeBatches([task], Formatter(tokenizer, 400, 200), method, 2, [2000], instruct=instruct)
+        sample = batches.sample(random.Random(0))
+        context = [tokenizer.decode(row.tokens).count(definition) for row in sample.context or ()]
+        assert sum(context) == in_context and len(sample.queries) == queries
+        for prompt, _ in sample.queries:
+            text = tokenizer.decode(prompt)
+            assert text.count(definition) == in_query and text.count("Input:") == (
+                3 if method == "fewshot" else 1
+            )
 
 
 def test_a_target_may_end_as_an_example_in_a_row_does(tokenizer):
