@@ -7,6 +7,7 @@ the training tasks and do not transfer; they start from nothing, while keys and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from gist import Compression, HyperLlama, Rows
 from llama import KV, InputError, Llama
-from lora import linears
+from lora import assign, linears, load_tensors
 from run import option
 
 OPTIONS = {
@@ -24,16 +25,10 @@ OPTIONS = {
         help="what gists become: keys and values, or low-rank updates of q_proj and v_proj downstream",
     )
 }
-Updates = dict[
-    str, tuple[Tensor, Tensor]
-]  # path of a matrix -> A [B, r, inputs] and B [B, outputs, r], row by row
+Updates = dict[str, tuple[Tensor, Tensor]]  # path of a matrix -> A [B, r, inputs] and B [B, outputs, r]
 
 
 def check(args) -> None:
-    if args.task == "hyperpretrain":
-        raise InputError(
-            "--emit lora belongs to tasks: a hyperpretrained checkpoint has no room for its heads"
-        )
     if args.gists % 2:
         raise InputError(
             "--emit lora needs an even number of gists: half of them for q_proj, half for v_proj"
@@ -41,7 +36,18 @@ def check(args) -> None:
 
 
 def compression(args) -> Compression | None:
-    return Compression(prefix=emit, build=add_heads) if args.emit == "lora" else None
+    if args.emit == "kv":
+        return None
+
+    def build(hyper: HyperLlama, generator: torch.Generator) -> None:
+        add_heads(hyper, generator)
+        path = Path(args.model) / "gists.safetensors"  # hyperpretraining puts them beside its gists
+        own = load_tensors(path)[0] if path.exists() else {}
+        own = {name: tensor for name, tensor in own.items() if name.startswith("heads.")}
+        if own:
+            assign({f"heads.{name}": p for name, p in hyper.heads.named_parameters()}, own, path)
+
+    return Compression(prefix=emit, build=build)
 
 
 def add_heads(hyper: HyperLlama, generator: torch.Generator) -> None:

@@ -92,9 +92,10 @@ def restore(args: Options, folder: Path) -> HyperLlama:
 
 
 def save(hyper: HyperLlama, out: Path, tensors: dict[str, Tensor], args: Options) -> None:
-    """The whole model as a Hugging Face folder, in bfloat16, and its gists."""
-    save_tensors(out / "gists.safetensors", {"gists": tensors["gists"]}, {})
+    """The whole model as a Hugging Face folder, in bfloat16; its gists, and what a chapter trains with them."""
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    beside = {name: t for name, t in tensors.items() if not name.startswith("model.")}
+    save_tensors(out / "gists.safetensors", beside, {})
     tokenizer = Tokenizer(args.model)
     save_checkpoint(out, hyper.model.config, weights, tokenizer.bos, tokenizer.eos)
     for path in (tokenizer.path, tokenizer.path.with_name("tokenizer_config.json")):

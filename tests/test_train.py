@@ -282,6 +282,21 @@ def test_hyperpretraining_with_gists_among_the_text_is_measured_and_evaluated_wi
     assert results(tmp_path / "end")["average"] != before["average"]
 
 
+def test_heads_that_were_hyperpretrained_are_evaluated_and_trained_further(tmp_path):
+    out = tmp_path / "c"
+    run(*TEXT, "--steps 2 --emit lora --out", out)
+    before = results(out)
+    run(out, "--limit 2", program="eval")
+    assert results(out)["average"] == before["average"] != before["controls"]["other_task"]
+    args = training.parse(["--task", "p3", "--model", str(out), "--gists", "4", "--emit", "lora"])[0]
+    heads = running.open_run(args).hyper.heads
+    own = load_tensors(out / "gists.safetensors")[0]
+    assert own.pop("gists").shape[0] == 4 and own["heads.q"].any(), "it is zero at the start"
+    for name, parameter in heads.named_parameters():
+        assert torch.equal(parameter, own.pop(f"heads.{name}"))
+    assert not own
+
+
 def state_of(step: int) -> int:
     """Moments of writing until its state, the first, is in place: args.json, log, lines, state; two each."""
     return 6 + 2 * step
@@ -493,7 +508,6 @@ BAD = [
     ("--task hyperpretrain --quantize", "--quantize has no meaning"),
     ("--task hyperpretrain --downstream lora", "--downstream has no meaning"),
     ("--task hyperpretrain --chain 2", "one set of examples"),
-    ("--task hyperpretrain --emit lora", "no room for its heads"),
     ("--task hyperpretrain --fewest-gists 17", "must not exceed --gists 16"),
     ("--task hyperpretrain --fewest-gists 2 --anchors", "--anchors have no gists"),
     ("--fewest-gists 2", "belongs to --task hyperpretrain"),

@@ -54,6 +54,7 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "C further, every 4": f"{FURTHER} --gists-every 4",
         "C further, spread": f"{FURTHER} --gists-spread",
         "C further, anchors": f"{FURTHER} --anchors",
+        "C further, emit": f"{FURTHER} --emit lora --gists 8",
     },
     "p3": {
         "HyperLlama": f"--task p3 {BASE} --measure 0",
@@ -98,6 +99,7 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "every 4": f"--task p3 --model {ALL}/layout/C_further,_every_4/seed0 --gists-every 4 --measure 0",
         "spread": f"--task p3 --model {ALL}/layout/C_further,_spread/seed0 --gists-spread --measure 0",
         "anchors": f"--task p3 --model {ALL}/layout/C_further,_anchors/seed0 --anchors --measure 0",
+        "emit lora": f"--task p3 --model {ALL}/layout/C_further,_emit/seed0 --emit lora --gists 8 --measure 0",
     },
     "shots": {f"{n} examples": f"--task p3 {C} --shots {n} --measure 0" for n in (1, 2, 4, 8)},
 }
@@ -182,8 +184,9 @@ each step with a number of gists that was drawn, from 1 to 16. "C further" had t
 gists in each. "base, …" is the C before these steps.""",
     "places": """P3 as above. Each row's C was hyperpretrained 300 steps further on the third file of text,
 with its gists in that place: after the text ("C further"), in parts of four after every four of its sixteen
-stretches ("every 4"), after the text but with positions spread over it ("spread"). "base, …" is the C before
-these steps.""",
+stretches ("every 4"), after the text but with positions spread over it ("spread"); or with no gists, at the
+last token of each stretch ("anchors"); or with eight gists that become low-rank updates ("emit lora").
+"base, …" is the C before these steps.""",
     "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples.""",
 }
 PICTURES = {  # table -> picture -> caption
