@@ -48,6 +48,7 @@ RESUMED = "train.py::test_a_full_disk_leaves_the_last_state"
 EACH_ROW = "equivalence.py::test_a_run_reads_each_row_once"
 WAY = "equivalence.py::test_every_way_to_make_a_prefix_has_the_logits_and_the_gradients_of_one_row"
 DEFINITION = "data.py::test_a_definition_stands_in_a_training_row_where_its_method_reads_it"
+EVERY_KIND = "train.py::test_every_kind_of_run_trains_all_its_tensors_and_evaluates_the_same_later"
 RANKED = "equivalence.py::test_every_column_answers_with_the_choice_that_one_row_holds_most_likely"
 WRITTEN = "equivalence.py::test_every_column_writes_what_greedy_decoding_in_one_row_writes"
 SETS = "equivalence.py::test_several_sets_of_examples_answer_like_sets_combined_by_hand"
@@ -334,6 +335,12 @@ MUTANTS = [
         "list(unasked(picked[queries:], picked[:queries]))", "picked[queries:]"),
     Mutant("evaluation: a query among its examples", "tasks/p3.py", [OWN_EXAMPLES],
         "unasked(map(self.train.__getitem__, order), queries)", "map(self.train.__getitem__, order)"),
+    Mutant("the base's embeddings are trained, too", "llama.py", [f"{EVERY_KIND}[sample]"],
+        "nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))\n    if",
+        "nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=True))\n    if"),
+    Mutant("the base's matrices are trained, too", "llama.py", [f"{EVERY_KIND}[sample]"],
+        "nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)",
+        "nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=True)"),
     # --------------------------------------------------------------------------------------- arithmetic
     Mutant("rotary: neighbours are pairs", "llama.py", [LLAMA],
         "x1, x2 = x.float().chunk(2, dim=-1)",

@@ -135,6 +135,8 @@ def test_every_kind_of_run_trains_all_its_tensors_and_evaluates_the_same_later(t
     assert after["args"]["quantize"] == ("--quantize" in kind)
     moments = [tensor for (_, name), tensor in tensors_of(out).items() if name.startswith("exp_avg_sq.")]
     assert moments and all(moment.abs().max() > 0 for moment in moments), "one never had a gradient"
+    names = load_tensors(out / "adapters.safetensors")[0]
+    assert all(".lora." in name or name.startswith(("gists", "heads.")) for name in names), "the base is trained"
     run(out, SCORED, "--sets 2 --controls" if "--controls" in kind else "", program="eval")
     assert results(out) == after
 
