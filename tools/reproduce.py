@@ -187,7 +187,7 @@ with its gists in that place: after the text ("C further"), in parts of four aft
 stretches ("every 4"), after the text but with positions spread over it ("spread"); or with no gists, at the
 last token of each stretch ("anchors"); or with eight gists that become low-rank updates ("emit lora").
 "base, …" is the C before these steps.""",
-    "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples.""",
+    "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples; the last row has sixteen.""",
 }
 PICTURES = {  # table -> picture -> caption
     "text": {"hyperpretraining": "held-out tasks of P3 during hyperpretraining on text"},
