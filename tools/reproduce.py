@@ -99,7 +99,8 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
         "every 4": f"--task p3 --model {ALL}/layout/C_further,_every_4/seed0 --gists-every 4 --measure 0",
         "spread": f"--task p3 --model {ALL}/layout/C_further,_spread/seed0 --gists-spread --measure 0",
         "anchors": f"--task p3 --model {ALL}/layout/C_further,_anchors/seed0 --anchors --measure 0",
-        "emit lora": f"--task p3 --model {ALL}/layout/C_further,_emit/seed0 --emit lora --gists 8 --measure 0",
+        "emit lora": f"--task p3 --model {ALL}/layout/C_further,_emit/seed0 --emit lora --gists 8"
+        " --measure 0",
     },
     "shots": {f"{n} examples": f"--task p3 {C} --shots {n} --measure 0" for n in (1, 2, 4, 8)},
 }
@@ -187,7 +188,8 @@ with its gists in that place: after the text ("C further"), in parts of four aft
 stretches ("every 4"), after the text but with positions spread over it ("spread"); or with no gists, at the
 last token of each stretch ("anchors"); or with eight gists that become low-rank updates ("emit lora").
 "base, …" is the C before these steps.""",
-    "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples; the last row has sixteen.""",
+    "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples; the last row has
+sixteen.""",
 }
 PICTURES = {  # table -> picture -> caption
     "text": {"hyperpretraining": "held-out tasks of P3 during hyperpretraining on text"},
