@@ -173,8 +173,8 @@ def train(
         step += 1
         micro_batches = get_batches(batches, args, step, device)
         means = all_sum(sums) / counts
-        loss = (weights * means).sum().item()
-        line = {"step": step, "loss": loss, "norm": full_tensor(norm).item(), "lr": share * args.lr}
+        step_loss = (weights * means).sum().item()
+        line = {"step": step, "loss": step_loss, "norm": full_tensor(norm).item(), "lr": share * args.lr}
         named = {f"{term.name}_loss": mean for term, mean in zip(terms, means.tolist()) if term.name}
         line |= {name: round(mean, 4) for name, mean in named.items() if mean}
         if not math.isfinite(line["loss"] + line["norm"]):  # nothing is saved of that

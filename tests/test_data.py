@@ -160,11 +160,10 @@ def test_a_definition_stands_in_a_training_row_where_its_method_reads_it(tokeniz
         sample = batches.sample(random.Random(0))
         context = [tokenizer.decode(row.tokens).count(definition) for row in sample.context or ()]
         assert sum(context) == in_context and len(sample.queries) == queries
+        inputs = 3 if method == "fewshot" else 1
         for prompt, _ in sample.queries:
             text = tokenizer.decode(prompt)
-            assert text.count(definition) == in_query and text.count("Input:") == (
-                3 if method == "fewshot" else 1
-            )
+            assert (text.count(definition), text.count("Input:")) == (in_query, inputs)
 
 
 def test_a_target_may_end_as_an_example_in_a_row_does(tokenizer):
