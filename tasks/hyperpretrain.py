@@ -92,7 +92,7 @@ def restore(args: Options, folder: Path) -> HyperLlama:
 
 
 def save(hyper: HyperLlama, out: Path, tensors: dict[str, Tensor], args: Options) -> None:
-    """The whole model as a Hugging Face folder, in bfloat16; its gists, and what else was trained with them."""
+    """The whole model as a Hugging Face folder, in bfloat16; its gists, and what else was trained."""
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     beside = {name: t for name, t in tensors.items() if not name.startswith("model.")}
     save_tensors(out / "gists.safetensors", beside, {})

@@ -45,16 +45,25 @@ HELPS = {  # what the literature since then found to help
     "C emit lora": f"{C} --emit lora --gists 8",
 }
 FILES = {"two-files": "[12]-*", "third-file": "3-*"}  # of tiny/text; the first two have no task's layout
+
+
+def folder_of(table: str, row: str) -> Path:
+    return ALL / table / row.replace(" ", "_")
+
+
+PLACES = {  # of what is kept, beside the gists at the end
+    "every 4": "--gists-every 4",
+    "spread": "--gists-spread",
+    "anchors": "--anchors",
+    "emit lora": "--emit lora --gists 8",
+}
 FURTHER = f"--task hyperpretrain {C} --data {ALL}/third-file --steps 300 --lr 3e-3 --gist-lr 1e-3 --measure 3"
 ROWS = {  # table -> row -> options of train.py, or of eval.py where the model stays untouched ("plain")
     "layout": {
         "C of two files": f"--task hyperpretrain --data {ALL}/two-files --steps 1330 --measure 7",
         "C further": FURTHER,
         "C further, drawn": f"{FURTHER} --fewest-gists 1",
-        "C further, every 4": f"{FURTHER} --gists-every 4",
-        "C further, spread": f"{FURTHER} --gists-spread",
-        "C further, anchors": f"{FURTHER} --anchors",
-        "C further, emit": f"{FURTHER} --emit lora --gists 8",
+        **{f"C further, {row}": f"{FURTHER} {options}" for row, options in PLACES.items()},
     },
     "p3": {
         "HyperLlama": f"--task p3 {BASE} --measure 0",
@@ -96,11 +105,10 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
     },
     "places": {
         "C further": f"--task p3 --model {ALL}/layout/C_further/seed0 --measure 0",
-        "every 4": f"--task p3 --model {ALL}/layout/C_further,_every_4/seed0 --gists-every 4 --measure 0",
-        "spread": f"--task p3 --model {ALL}/layout/C_further,_spread/seed0 --gists-spread --measure 0",
-        "anchors": f"--task p3 --model {ALL}/layout/C_further,_anchors/seed0 --anchors --measure 0",
-        "emit lora": f"--task p3 --model {ALL}/layout/C_further,_emit/seed0 --emit lora --gists 8"
-        " --measure 0",
+        **{
+            row: f"--task p3 --model {folder_of('layout', f'C further, {row}')}/seed0 {options} --measure 0"
+            for row, options in PLACES.items()
+        },
     },
     "shots": {f"{n} examples": f"--task p3 {C} --shots {n} --measure 0" for n in (1, 2, 4, 8)},
 }
@@ -199,10 +207,6 @@ PICTURES = {  # table -> picture -> caption
     "drawn": {"drawn": "accuracy by the number of gists, after hyperpretraining with any number of them"},
     "shots": {"shots": "accuracy by the number of examples"},
 }
-
-
-def folder_of(table: str, row: str) -> Path:
-    return ALL / table / row.replace(" ", "_")
 
 
 RUNNING: set[subprocess.Popen] = set()
