@@ -11,9 +11,7 @@ ONE_SET = False  # whether its examples are given, so that there is only one set
 WAYS = True  # whether its examples can become a prefix in other ways than the paper's (run.compression_of)
 LAYOUT = PLAIN  # for one's own examples (tools.answer)
 evaluate = None  # (run) -> results and table, instead of eval.evaluate
-prefix_of = (
-    None  # (run, task number) -> Gists: prefixes that are trained themselves, instead of a hypernetwork's
-)
+prefix_of = None  # (run, task number) -> Gists, where prefixes are trained themselves: no hypernetwork's
 
 build = run.build
 

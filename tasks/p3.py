@@ -20,20 +20,15 @@ from data import Episode, Example, Formatter
 from llama import InputError
 from tasks.rows import READERS, as_text, draw_rows, existing, file_kind, read_lists, unasked
 
-FOLDER, MODEL = "P3", "llama-c"  # the miniature's data and checkpoint
+FOLDER = "P3"  # the miniature's data, and the checkpoint for it
+MODEL = "llama-c"
 METRIC = "accuracy"
 DEFAULTS = {
     "large": {"shots": 16, "steps": 10_000, "batch_size": 4, "lr": 2e-4, "gist_lr": 2e-4, "sets": 1},
     "tiny": {
-        "shots": 16,
-        "steps": 300,
-        "measure": 4,
-        "batch_size": 8,
-        "lr": 1e-3,
-        "gist_lr": 3e-2,
-        "sets": 5,
+        "shots": 16, "steps": 300, "measure": 4, "batch_size": 8, "lr": 1e-3, "gist_lr": 3e-2, "sets": 5
     },
-}
+}  # fmt: skip
 
 
 def load(args, formatter: Formatter, split: str) -> list["Prompt"]:
@@ -58,7 +53,8 @@ class Split(Sequence):
     """The examples of one split of one P3 task, by number."""
 
     def __init__(self, folder: Path, split: str):
-        self.folder, self.name = folder, split
+        self.folder = folder
+        self.name = split
         paths = find_split(folder, split)
         if not paths:
             raise InputError(f"{folder}: no {split} split ({split}.tfrecord*, .jsonl or .parquet)")
@@ -184,7 +180,8 @@ def p3_tasks(folder: str | Path, split: str) -> list[Prompt]:
     """The training tasks (split "train") or the held-out ones ("test") of a P3 folder."""
     folder = existing(folder)
     root = folder if (folder / "splits").is_dir() or not (folder / "data").is_dir() else folder / "data"
-    tasks, names = [], p3_names(root, split)
+    tasks = []
+    names = p3_names(root, split)
     for name, dataset in tqdm(names.items(), desc=f"reading {split} tasks", leave=False, delay=1):
         if not (root / name).is_dir():
             raise InputError(f"{root}: the task {name}, listed in splits/{split}_tasks.txt, has no folder")

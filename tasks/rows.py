@@ -22,7 +22,8 @@ class JsonLines(Sequence):
     """A .jsonl file, by number; blank lines don't count. Only where lines begin is kept in memory."""
 
     def __init__(self, path: Path):
-        data, newlines = map_file(path), [np.zeros(1, dtype=np.int64)]
+        data = map_file(path)
+        newlines = [np.zeros(1, dtype=np.int64)]
         for start in range(0, len(data), 1 << 24):
             block = np.frombuffer(data[start : start + (1 << 24)], dtype=np.uint8)
             newlines.append(np.flatnonzero(block == ord("\n")) + start + 1)
@@ -31,7 +32,9 @@ class JsonLines(Sequence):
         bounds = np.concatenate(newlines)  # of n lines: n + 1
         short = np.flatnonzero(np.diff(bounds) <= 16)
         blank = [i for i in short if not data[bounds[i] : bounds[i + 1]].strip()]
-        self.path, self.bounds, self.lines = path, bounds, np.delete(np.arange(len(bounds) - 1), blank)
+        self.path = path
+        self.bounds = bounds
+        self.lines = np.delete(np.arange(len(bounds) - 1), blank)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -61,12 +64,14 @@ class TFRecords(Sequence):
     """
 
     def __init__(self, path: Path):
-        data, bounds = map_file(path), [0]
-        while (at := bounds[-1]) + 12 <= len(data):
-            bounds.append(at + 16 + struct.unpack_from("<Q", data, at)[0])
+        data = map_file(path)
+        bounds = [0]
+        while (start := bounds[-1]) + 12 <= len(data):
+            bounds.append(start + 16 + struct.unpack_from("<Q", data, start)[0])
         if bounds[-1] != len(data):
             raise InputError(f"{path}: record {max(1, len(bounds) - 1)} is cut off or its length is corrupt")
-        self.path, self.bounds = path, np.array(bounds)
+        self.path = path
+        self.bounds = np.array(bounds)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -168,7 +173,9 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
         value = shift = 0
         while True:
             byte = message[at]
-            at, value, shift = at + 1, value | (byte & 0x7F) << shift, shift + 7
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
             if byte < 0x80:
                 return value
 

@@ -21,7 +21,8 @@ from data import Episode, Example, Formatter, Layout
 from llama import InputError, reading
 from tasks.rows import as_text, draw_rows, existing, read_lists
 
-FOLDER, MODEL = "natural-instructions", "llama-c"  # the miniature's data and checkpoint
+FOLDER = "natural-instructions"  # the miniature's data, and the checkpoint for it
+MODEL = "llama-c"
 METRIC = "rougeL"
 WITHOUT = ("score",)  # there are no choices to rank
 ONE_SET = True
@@ -124,10 +125,7 @@ def read_sni_task(path: Path) -> SNITask:
         definition = full_stop(texts(raw["Definition"], "Definition")[0])
         examples = [
             Example(
-                *(
-                    full_stop(texts(e[field], f"Positive Examples: {field}")[0])
-                    for field in ("input", "output")
-                )
+                *(full_stop(texts(e[key], f"Positive Examples: {key}")[0]) for key in ("input", "output"))
             )
             for e in raw["Positive Examples"]
         ]

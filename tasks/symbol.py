@@ -16,7 +16,8 @@ from llama import InputError, Tokenizer, reading
 from run import option
 from tasks.rows import JsonLines, as_text, existing, read_lists
 
-FOLDER, MODEL = "symbol", "llama-c"  # the miniature's data and checkpoint
+FOLDER = "symbol"  # the miniature's data, and the checkpoint for it
+MODEL = "llama-c"
 METRIC = "accuracy"
 OPTIONS = {"words": option(kind=Path, help="file of words to use as labels (the tokenizer's whole words)")}
 ONE_SET = True

@@ -341,6 +341,8 @@ MUTANTS = [
     Mutant("the base's matrices are trained, too", "llama.py", [f"{EVERY_KIND}[sample]"],
         "nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)",
         "nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=True)"),
+    Mutant("gists that aren't trained", "run.py", [f"{EVERY_KIND}[sample]"],
+        'hyper.gists.requires_grad_(args.method == "hyper")', "hyper.gists.requires_grad_(False)"),
     # --------------------------------------------------------------------------------------- arithmetic
     Mutant("rotary: neighbours are pairs", "llama.py", [LLAMA],
         "x1, x2 = x.float().chunk(2, dim=-1)",

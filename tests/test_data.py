@@ -109,8 +109,12 @@ def test_an_instruction_takes_nothing_of_a_context_that_is_full(tokenizer):
 
 def test_a_query_whose_layout_has_no_room_is_refused(tokenizer):
     query = Example("dog", "fox")
-    with pytest.raises(InputError, match="--query-length 30: a query's layout takes .* leave 3$"):
-        Formatter(tokenizer, 60, 30).query(Episode([query], [], PLAIN), query, 3)
+    episode = Episode([query], [], PLAIN)
+    formatter = Formatter(tokenizer, 60, 30)
+    bare = formatter.query(episode, Example("", "fox"), 30)
+    assert formatter.query(episode, query, len(bare)) == bare, "of its input, nothing is left"
+    with pytest.raises(InputError, match=f"--query-length 30: a query's layout takes {len(bare)} tokens"):
+        formatter.query(episode, query, len(bare) - 1)
 
 
 # ------------------------------------------------------------------------------------------ batches
