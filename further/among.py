@@ -4,7 +4,8 @@ A run of gists ends a segment (gist.gist_mask): what comes after it sees the seg
 alone, and later gists see earlier ones. So each part compresses few examples, as in the many-shot
 compression of arXiv 2412.17483. RESULTS.md, "What helps": from a base that was hyperpretrained with all
 gists at the end, this is far worse, since it has to learn another place for them; "Places": hyperpretrained
-further with gists among the text, it is better, and still worse than at the end.
+further with gists among the text, it is better, and still worse than at the end; "Tokens a gist": only where
+a gist stands for four examples is it better than at the end.
 """
 
 from gist import Compression, Context, Gists, HyperLlama, Rows, gist_mask

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from safetensors import safe_open
 import eval as evaluation
 import run as running
 import train as training
-from llama import load
+from llama import InputError, load
 from lora import load_tensors, save_tensors
 from run import read_lines
 
@@ -708,3 +709,33 @@ def test_a_run_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, m
     if os.geteuid():  # nothing is closed to root
         (tmp_path / "closed").mkdir(mode=0o500)
         assert "not writable" in refusal("--task p3 --out", tmp_path / "closed" / "run")
+
+
+@pytest.mark.parametrize(
+    "problem, status, line",
+    [
+        (InputError("x.json: is damaged"), 2, "error: x.json: is damaged"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
+        (ImportError("No module named 'peft'", name="peft"), 2,
+            "error: No module named 'peft' (pip install -r requirements.txt installs what is needed)"),
+        (ImportError("cannot import name 'x' from 'data'", name="data"), 2,
+            "error: cannot import name 'x' from 'data'"),
+        (ImportError("No module named 'tasks.mine'", name="tasks.mine"), 2,
+            "error: No module named 'tasks.mine'"),
+        (RuntimeError("can't allocate memory: you tried\nmore"), 2,
+            "error: out of memory; a smaller --batch-size or --eval-tokens may help (can't allocate memory: "
+            "you tried)"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2,
+            "error: out of memory; a smaller --batch-size or --eval-tokens may help (CUDA out of memory)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_mend_ends_in_one_line(capsys, problem, status, line):
+    with pytest.raises(SystemExit) as ended:
+        running.run_command(mock.Mock(side_effect=problem))
+    assert (ended.value.code, capsys.readouterr().err) == (status, line + "\n")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        running.run_command(mock.Mock(side_effect=RuntimeError("shapes don't fit")))

@@ -118,7 +118,10 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
 Points = dict[tuple[str, str], dict[float, list[float]]]  # (run's name, column) -> x -> values of all runs
 
 
-COMPARED = ("zeroshot", "fewshot", "label_anchors", "mean_pooled", "fewer_shots")  # where an option is drawn
+COMPARED = {  # what results are held against where they are drawn by an option -> its title
+    name: (TITLES | IN_CONTEXT)[name]
+    for name in ("zeroshot", "fewshot", "label_anchors", "mean_pooled", "fewer_shots")
+}
 
 
 def differing(options: list[dict]) -> list[str]:
@@ -168,6 +171,24 @@ def curves(runs: list[Path], by: str | None) -> tuple[Points, str, dict]:
     return points, kinds.pop(), args
 
 
+def draw_curve(axes, curve: dict[float, list[float]], label: str, main: bool, marker: str | None) -> None:
+    """The mean at each x, and a band of one standard deviation. Dashed where it is not the main thing."""
+    xs = sorted(curve)
+    means = np.array([statistics.fmean(curve[x]) for x in xs])
+    deviations = np.array([spread(curve[x]) or 0.0 for x in xs])
+    style = {"linewidth": 1.8} if main else {"linewidth": 1.2, "linestyle": "--"}
+    (line,) = axes.plot(xs, means, label=label, marker=marker, markersize=4, **style)
+    axes.fill_between(
+        xs, means - deviations, means + deviations, color=line.get_color(), alpha=0.15, linewidth=0
+    )
+
+
+def log_ticks(axes, xs: Iterable[float]) -> None:
+    xs = sorted(xs)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, [f"{x:.3g}" for x in xs])
+
+
 def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     """Curves of several runs in one picture.
 
@@ -187,22 +208,14 @@ def plot(runs: list[Path], path: Path, by: str | None = None) -> None:
     figure = Figure(figsize=(7, 6.0 if below else 4.2), layout="constrained")
     heights = [7, 3] if below else [7]
     axes, *under = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-    heads = TITLES | (IN_CONTEXT if by else {})
+    heads = TITLES | (COMPARED if by else {})
     for (name, column), curve in points.items():
-        xs = sorted(curve)
-        means = np.array([statistics.fmean(curve[x]) for x in xs])
-        deviations = np.array([spread(curve[x]) or 0.0 for x in xs])
         label = name if column == "main" else heads[column].format(**args) if alone else f"{name}, {column}"
-        style = {"linewidth": 1.8} if column == "main" else {"linewidth": 1.2, "linestyle": "--"}
-        (line,) = axes.plot(xs, means, label=label, marker="o" if by else None, markersize=4, **style)
-        band = (means - deviations, means + deviations)
-        axes.fill_between(xs, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+        draw_curve(axes, curve, label, column == "main", marker="o" if by else None)
     unit = {"loss": "loss per token", "accuracy": "accuracy on held-out rows, %", "rougeL": "ROUGE-L"}[kind]
     axes.set(xlabel=by or "step", ylabel=unit)
     if by:
-        every = sorted({x for curve in points.values() for x in curve})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(every, [str(x) for x in every])
+        log_ticks(axes, {x for curve in points.values() for x in curve})
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     for part in under:

@@ -21,10 +21,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from llama import InputError, read_config
+from data import Formatter
+from llama import InputError, Tokenizer, read_config
 from run import PROJECT, Parser, number, run_command
+from tasks import p3
 from tools.cost import at_use
-from tools.report import bars, compare, draw_mask, plot, read_results
+
+# fmt: off
+from tools.report import (
+    COMPARED, bars, compare, draw_curve, draw_mask, log_ticks, mean_and_deviation, plot,
+    read_results, write_picture,
+)
+# fmt: on
 
 ALL = Path("runs/reproduce")
 SEEDS = (0, 1, 2)
@@ -57,6 +65,13 @@ PLACES = {  # of what is kept, beside the gists at the end
     "anchors": "--anchors",
     "emit lora": "--emit lora --gists 8",
 }
+
+
+def from_its_own_c(place: str) -> str:
+    """P3 from a C that was hyperpretrained further with its gists in that place."""
+    return f"--task p3 --model {folder_of('layout', f'C further, {place}')}/seed0 --measure 0"
+
+
 FURTHER = f"--task hyperpretrain {C} --data {ALL}/third-file --steps 300 --lr 3e-3 --gist-lr 1e-3 --measure 3"
 ROWS = {  # table -> row -> options of train.py, or of eval.py where the model stays untouched ("plain")
     "layout": {
@@ -105,13 +120,34 @@ ROWS = {  # table -> row -> options of train.py, or of eval.py where the model s
     },
     "places": {
         "C further": f"--task p3 --model {ALL}/layout/C_further/seed0 --measure 0",
-        **{
-            row: f"--task p3 --model {folder_of('layout', f'C further, {row}')}/seed0 {options} --measure 0"
-            for row, options in PLACES.items()
-        },
+        **{row: f"{from_its_own_c(row)} {options}" for row, options in PLACES.items()},
     },
     "shots": {f"{n} examples": f"--task p3 {C} --shots {n} --measure 0" for n in (1, 2, 4, 8)},
+    "ratios": {
+        "every 4, 4 gists": f"{from_its_own_c('every 4')} --gists-every 4 --gists 4",
+        "every 4, 8 gists": f"{from_its_own_c('every 4')} --gists-every 4 --gists 8",
+        "every 2 of 8 examples": f"{from_its_own_c('every 4')} --gists-every 2 --shots 8",
+        "every 1 of 4 examples": f"{from_its_own_c('every 4')} --gists-every 1 --shots 4",
+        "spread, 4 gists": f"{from_its_own_c('spread')} --gists-spread --gists 4",
+        "spread, 8 gists": f"{from_its_own_c('spread')} --gists-spread --gists 8",
+        "spread, 8 examples": f"{from_its_own_c('spread')} --gists-spread --shots 8",
+        "spread, 4 examples": f"{from_its_own_c('spread')} --gists-spread --shots 4",
+    },
 }
+RATIOS = {  # a line of the table and of its picture -> the rows of other tables that it is made of
+    "gists at the end": [
+        ("shots", "4 examples"), ("shots", "8 examples"), ("p3", "C"), ("gists", "8 gists"),
+        ("gists", "4 gists"),
+    ],
+    "positions spread": [
+        ("ratios", "spread, 4 examples"), ("ratios", "spread, 8 examples"), ("places", "spread"),
+        ("ratios", "spread, 8 gists"), ("ratios", "spread, 4 gists"),
+    ],
+    "in four parts": [
+        ("ratios", "every 1 of 4 examples"), ("ratios", "every 2 of 8 examples"), ("places", "every 4"),
+        ("ratios", "every 4, 8 gists"), ("ratios", "every 4, 4 gists"),
+    ],
+}  # fmt: skip
 ORDERS = {  # what the paper finds: the first row above the second
     "p3": [
         ("C", "HyperLlama"), ("D", "HyperLlama"), ("CD", "HyperLlama"), ("HyperLlama", "fine-tuned 0-shot"),
@@ -140,6 +176,7 @@ TITLES = {
     "drawn": "Any number of gists",
     "places": "Places, each with a C of its own",
     "shots": "Fewer examples",
+    "ratios": "Tokens a gist",
 }
 INTRO = """# Results in miniature
 
@@ -198,6 +235,11 @@ last token of each stretch ("anchors"); or with eight gists that become low-rank
 "base, …" is the C before these steps.""",
     "shots": """P3 as above, from C, 300 steps each: sixteen gists for fewer examples; the last row has
 sixteen.""",
+    "ratios": """P3 as above: accuracy by how many tokens of examples there are for each gist. With sixteen
+gists for four, eight and sixteen examples, and then with eight and four gists for sixteen examples. Gists at
+the end are those from the common C, see "Fewer examples" and "Fewer gists"; the other two places start from a
+C of their own, see "Places". "In four parts": a quarter of the gists after each quarter of the examples. The
+other lines are the untouched C, of the runs with gists at the end.""",
 }
 PICTURES = {  # table -> picture -> caption
     "text": {"hyperpretraining": "held-out tasks of P3 during hyperpretraining on text"},
@@ -206,6 +248,7 @@ PICTURES = {  # table -> picture -> caption
     "gists": {"gists": "accuracy by the number of gists"},
     "drawn": {"drawn": "accuracy by the number of gists, after hyperpretraining with any number of them"},
     "shots": {"shots": "accuracy by the number of examples"},
+    "ratios": {"ratios": "accuracy by the tokens of examples for each gist"},
 }
 
 
@@ -284,6 +327,55 @@ def verdicts(table: str) -> list[str]:
     return ["| the paper's order | here | difference |", "|---|---|---|", *lines] if lines else []
 
 
+def tokens_of(shots: int) -> float:
+    """How many tokens so many examples of a held-out task of P3 have, in the mean."""
+    formatter = Formatter(Tokenizer(C_FOLDER), context=1024, query_length=384)
+    episodes = [task.evaluation(0, 0, shots, 1)[0] for task in p3.p3_tasks("tiny/P3", "test")]
+    return statistics.fmean(len(formatter.context_tokens(episode)) for episode in episodes)
+
+
+def by_ratio() -> dict[str, dict[float, list[float]]]:
+    """Line -> tokens a gist -> the averages of all seeds; beside the gists' lines, what they are held against."""
+    lines: dict[str, dict[float, list[float]]] = {}
+    for line, rows in RATIOS.items():
+        for run in (run for row in rows for run in runs_of(*row)):
+            results = read_results(run)
+            ratio = round(tokens_of(results["args"]["shots"]) / results["args"]["gists"])
+            values = {line: results["average"]}
+            if line == "gists at the end":
+                others = results["baselines"] | results["controls"]
+                values |= {title: others[column] for column, title in COMPARED.items()}
+                values["another task's gists"] = others["other_task"]
+            for name, value in values.items():
+                lines.setdefault(name, {}).setdefault(ratio, []).append(value)
+    return dict(sorted(lines.items(), key=lambda item: item[0] not in RATIOS))
+
+
+def ratio_table() -> list[str]:
+    lines = by_ratio()
+    ratios = sorted({ratio for curve in lines.values() for ratio in curve})
+    table = ["| tokens a gist | " + " | ".join(map(str, ratios)) + " |", "|---" * (len(ratios) + 1) + "|"]
+    for name, curve in lines.items():
+        cells = [mean_and_deviation(curve.get(ratio, []), 1) for ratio in ratios]
+        table.append("| " + " | ".join([name, *cells]) + " |")
+    return table
+
+
+def draw_ratios(path: Path) -> None:
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    lines = by_ratio()
+    for name, curve in lines.items():
+        draw_curve(axes, curve, name, name in RATIOS, marker="o")
+    axes.set(xlabel="tokens of examples for each gist", ylabel="accuracy on held-out rows, %")
+    log_ticks(axes, {ratio for curve in lines.values() for ratio in curve})
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    write_picture(figure, path)
+
+
 def costs(rows: list[Path], query: int = 32) -> list[str]:
     """Bytes of some rows' prefixes, and operations of a query of so many tokens after them."""
     c = read_config(C_FOLDER)
@@ -314,6 +406,8 @@ def write_results(path: Path) -> None:
         if not rows:
             continue
         results = compare(rows).replace("| tiny |", "| tiny/llama-c |")
+        if table == "ratios":
+            results = "\n".join(ratio_table())
         text += ["", f"## {title}", "", WORDS[table], "", results, "", *verdicts(table)]
         short = [f"{folder_of(table, row).name} ({n})" for row, n in counts.items() if 0 < n < len(SEEDS)]
         if short:
@@ -342,6 +436,8 @@ def draw(figures: Path) -> None:
         runs = runs_of(table)
         if runs:
             plot(runs + c * (table != "drawn"), figures / f"{table}.png", by)
+    if runs_of("ratios"):
+        draw_ratios(figures / "ratios.png")
     if c:
         plot(c, figures / "training.png")
         bars(c, figures / "first-screen.png")
