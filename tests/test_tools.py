@@ -474,6 +474,23 @@ def fake_runs(tmp_path, monkeypatch, program: str) -> None:
     monkeypatch.setattr(reproduce, "ROWS", {"p3": {name: "--task p3" for name in "abc"}})
 
 
+def test_the_table_by_tokens_a_gist_has_each_row_where_its_options_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "ALL", tmp_path)
+    for rows in reproduce.RATIOS.values():
+        for n, (table, row) in enumerate(rows):
+            options = f"--gists 16 --shots 16 {reproduce.ROWS[table][row]}".split()
+            args = {
+                option: int(options[-options[::-1].index(f"--{option}")]) for option in ("gists", "shots")
+            }
+            for seed in range(2):
+                write_run(reproduce.folder_of(table, row) / f"seed{seed}", 10.0 * n + 2 * seed, **args)
+    head, _, *lines = reproduce.ratio_table()
+    assert head == "| tokens a gist | 6 | 12 | 24 | 47 | 95 |"
+    deviations = "1.0 ± 1.4 | 11.0 ± 1.4 | 21.0 ± 1.4 | 31.0 ± 1.4 | 41.0 ± 1.4"
+    assert lines[:3] == [f"| {line} | {deviations} |" for line in reproduce.RATIOS]
+    assert lines[3:] == ["| 0-shot |" + " 50.0 ± 0.0 |" * 5]
+
+
 def test_tables_are_not_written_where_a_run_failed(tmp_path, monkeypatch, capsys):
     fake_runs(tmp_path, monkeypatch, "import sys; sys.exit('0' in sys.argv)")
     with pytest.raises(InputError, match="3 runs failed .*seed0.log"):

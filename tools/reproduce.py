@@ -344,8 +344,8 @@ def by_ratio() -> dict[str, dict[float, list[float]]]:
             values = {line: results["average"]}
             if line == "gists at the end":
                 others = results["baselines"] | results["controls"]
-                values |= {title: others[column] for column, title in COMPARED.items()}
-                values["another task's gists"] = others["other_task"]
+                titles = COMPARED | {"other_task": "another task's gists"}
+                values |= {titles[column]: others[column] for column in titles if column in others}
             for name, value in values.items():
                 lines.setdefault(name, {}).setdefault(ratio, []).append(value)
     return dict(sorted(lines.items(), key=lambda item: item[0] not in RATIOS))
