@@ -75,10 +75,7 @@ def chain(hyper: HyperLlama, pieces: list[Rows]) -> Gists:
 def append(gists: Gists, more: Gists) -> Gists:
     """One prefix after another, as far as each is real."""
     past = [(torch.cat(k, dim=2), torch.cat(v, dim=2)) for k, v in map(zip, gists.past, more.past)]
-    masks = None
-    if gists.past_mask is not None or more.past_mask is not None:
-        masks = torch.cat([real(gists), real(more)], dim=1)
-    return Gists(past, more.offset, masks)
+    return Gists(past, more.offset, torch.cat([real(gists), real(more)], dim=1))
 
 
 def real(gists: Gists) -> torch.Tensor:
