@@ -69,6 +69,18 @@ def test_emitted_updates_are_those_of_merged_matrices_row_by_row():
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
+def test_an_emitted_update_is_the_mean_over_its_gists():
+    hyper = emitting()
+    gists = hyper.compress(EXAMPLES)
+    # Of each half (for q_proj and for v_proj), every gist twice.
+    twice = [tuple(x.repeat_interleave(2, dim=2) for x in layer) for layer in gists.past]
+    once, same = hyper.heads(gists.past), hyper.heads(twice)
+    for path, (A, B) in once.items():
+        more_A, more_B = same[path]
+        torch.testing.assert_close(more_B @ more_A, B @ A)
+        assert (B @ A).abs().max() > 0.01
+
+
 def test_emitted_updates_answer_alike_in_training_ranking_and_writing():
     hyper = emitting()
     logits, emitted = hyper(BATCH)
