@@ -65,6 +65,7 @@ def test_gists_stand_in_equal_parts_after_every_so_many_of_the_examples_that_are
     assert runs(4, 1, 8, context=30) == [8], "one example fits, and gets all gists"
     assert runs(4, 1, 8, context=9) == [8], "no example fits"
     assert among.compression(SimpleNamespace(gists_every=0)) is None
+    among.check(SimpleNamespace(gists_every=16, shots=16, task="p3"))  # all of them: not refused
 
 
 def test_a_long_query_keeps_its_end(tokenizer):
